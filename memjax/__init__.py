@@ -1,0 +1,1 @@
+"""memjax: fine-tune, train and serve JAX models that do not fit."""

@@ -1,0 +1,5 @@
+"""Eight simulated CPU devices for every test; set before jax is imported."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
