@@ -52,7 +52,7 @@ class LowRank(Delta):
       b: ``[*batch, r, *outputs]``.
       scale: factor of the product.
       dropout: probability with which an input element is dropped in forward products, if there is a key.
-      key: uint32 ``[*batch, 2]`` raw key data, or None for no dropout.
+      key: uint32 ``[*batch, 2]`` key words, or None for no dropout.
     """
 
     a: jax.Array
@@ -135,7 +135,7 @@ def _drop(x: jax.Array, key: jax.Array, rate: float, batch_ndim: int) -> jax.Arr
     """Drops elements of ``x`` and scales the rest by 1 / (1 - rate); one key per batch index."""
 
     def one(x: jax.Array, key: jax.Array) -> jax.Array:
-        keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+        keep = jax.random.bernoulli(jax.random.wrap_key_data(key, impl="threefry2x32"), 1 - rate, x.shape)
         return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
     for _ in range(batch_ndim):
@@ -192,11 +192,10 @@ class Adapted(WeightView):
         return y
 
     def materialize(self):
-        dense = self.base.materialize()
-        total = dense.astype(jnp.float32)
+        total = self.base.astype(jnp.float32).materialize()
         for delta in self.deltas:
             total = total + delta.materialize(self.axes)
-        return total.astype(dense.dtype)
+        return total.astype(self.dtype)
 
     def astype(self, dtype):
         return replace(self, base=self.base.astype(dtype))

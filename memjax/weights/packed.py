@@ -40,9 +40,7 @@ class PackedWeight(WeightView):
         return self.packed.dtype
 
     def dot(self, x, *, transpose=False, casts=(), precision=None, preferred_element_type=None):
-        into, out_of = (
-            (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
-        )
+        into, out_of = (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
         multiply = functools.partial(
             product,
             contract=into,
