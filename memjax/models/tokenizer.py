@@ -237,7 +237,10 @@ def _from_folder(folder: pathlib.Path) -> Tokenizer:
         raise ValueError(f"{folder} has no tokenizer.json{hint}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+        backend.encode("")  # a template that names an absent token is found only here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are BaseException
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
@@ -324,7 +327,5 @@ def _from_gguf(gguf: Gguf) -> Tokenizer:
     backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in defined])
     eos, bos, pad = special("eos"), special("bos"), special("padding")
     if get("add_bos_token", bool, pre == "llama-bpe") and bos is not None:
-        backend.post_processor = processors.TemplateProcessing(
-            single="BOS $A", special_tokens=[("BOS", bos)]
-        )
+        backend.post_processor = processors.TemplateProcessing(single="BOS $A", special_tokens=[("BOS", bos)])
     return Tokenizer(backend, len(tokens), eos, bos, eos if pad is None else pad)

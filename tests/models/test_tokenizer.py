@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from memjax.models._tables import TensorTable
 from memjax.models.gguf import Gguf, read_gguf
@@ -258,6 +258,13 @@ def test_folder_faults_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
         load_tokenizer(tmp_path)
     save_folder(tmp_path, load_tokenizer(gguf_of()).backend)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    template = processors.TemplateProcessing(single="X $A", special_tokens=[("X", 0)])
+    content["post_processor"] = json.loads(template.__getstate__()) | {"special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer: no entry found"):
+        load_tokenizer(tmp_path)
+    save_folder(tmp_path, load_tokenizer(gguf_of()).backend)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
         load_tokenizer(tmp_path)
@@ -298,14 +305,13 @@ def test_plain_chat_of_a_tokenizer_that_prepends_a_space(tmp_path):
     backend = tokenizers.Tokenizer(
         models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in letters)], unk_id=0)
     )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    backend.decoder = decoders.Metaspace(prepend_scheme="always")
-    backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Replace("▁", " ")
     backend.add_special_tokens(["</s>"])
     save_folder(tmp_path, backend, eos_token="</s>")
     tokenizer = load_tokenizer(tmp_path)
     chat = tokenizer.chat(TALK[1:3])
-    assert spoken(tokenizer, chat) == ["hello you</s>"]
+    assert spoken(tokenizer, chat) == [" hello you</s>"]
     said = [i for i, is_assistant in zip(*chat) if is_assistant]
     assert backend.id_to_token(said[0]) == "▁" and backend.id_to_token(said[1]) == "h"
 
