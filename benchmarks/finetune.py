@@ -119,18 +119,14 @@ def flops_per_token(shape: Shape) -> float:
     query channel forward, as much again, and 2.5 times that backward. Adapters are left out (below 1 %).
     """
     config = LLAMAS[shape.model]
-    matrices = (
-        config.layers * sum(a * b for a, b in config.matrices().values()) + config.d_model * config.vocab
-    )
+    matrices = config.layers * sum(a * b for a, b in config.matrices().values()) + config.d_model * config.vocab
     return 6 * matrices + 9 * shape.length * config.heads * config.head_dim * config.layers
 
 
 def run_case(name: str) -> dict[str, Any]:
     """Runs one case and returns what it measured."""
     shape, stack = CASES[name]
-    tokens = np.random.default_rng(SEED).integers(
-        0, LLAMAS[shape.model].vocab, (shape.batch, shape.length + 1)
-    )
+    tokens = np.random.default_rng(SEED).integers(0, LLAMAS[shape.model].vocab, (shape.batch, shape.length + 1))
     tokens = tokens.astype(np.int32)
     if stack == "peft":
         from benchmarks.baselines import peft_lora

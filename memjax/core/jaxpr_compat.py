@@ -121,6 +121,12 @@ def shard_map_parts(eqn: JaxprEqn) -> ShardMap:
     )
 
 
+def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Returns the shape of the first output of an equation."""
+    aval: Any = eqn.outvars[0].aval
+    return tuple(aval.shape)
+
+
 def has_shardings(eqn: JaxprEqn) -> bool:
     """Returns whether a nested jit fixes the sharding of an input or output."""
     shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])

@@ -7,19 +7,19 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.codecs import Codec, Gguf, Grouped, Packed
+from memjax.codecs import Gguf, Grouped, Packed
 from memjax.core.paths import leaf_paths
 from memjax.core.views import Axes, is_view
 from memjax.weights.packed import PackedWeight
 
 FORMAT = "memjax-weights-1"
-_CODECS: dict[str, type[Codec]] = {"grouped": Grouped, "gguf": Gguf}
+_CODECS: dict[str, Any] = {"grouped": Grouped, "gguf": Gguf}
 
 
 def save(path: str | os.PathLike[str], params: Any) -> None:
@@ -43,7 +43,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             packed = leaf.packed
             formats[name] = {
                 "codec": next(key for key, kind in _CODECS.items() if type(packed.codec) is kind),
-                "settings": dataclasses.asdict(packed.codec),
+                "settings": {f.name: getattr(packed.codec, f.name) for f in dataclasses.fields(cast(Any, packed.codec))},
                 "group_axes": packed.axes,
                 "inputs": leaf.axes.inputs,
                 "outputs": leaf.axes.outputs,
@@ -101,7 +101,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return params
 
 
-def _packed(path: str, name: str, recorded: dict[str, Any], tensors: dict[str, np.ndarray]) -> PackedWeight:
+def _packed(path: str, name: str, recorded: dict[str, Any], tensors: dict[str, Any]) -> PackedWeight:
     kind = _CODECS.get(recorded.get("codec", ""))
     if kind is None:
         raise ValueError(f"{path}: {name} has the unknown codec {recorded.get('codec')!r}")
