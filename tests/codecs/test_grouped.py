@@ -18,6 +18,7 @@ GRID = [
         (codecs.int8, codecs.int4), (True, False), ("bfloat16", "float16", "float32")
     )
 ]
+FOUR = [param for param in GRID if param.values[2] == "bfloat16"]
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -104,11 +105,12 @@ def test_zeros_are_exact(make, symmetric, dtype):
 
 
 @pytest.mark.parametrize("make, symmetric, dtype", GRID)
-@pytest.mark.parametrize("value", [3.3, -0.017, 1.0])
-def test_constant_groups(make, symmetric, dtype, value):
-    packed = make(32, symmetric, dtype).encode(np.full((2, 32), value, np.float32), axes=-1)
+def test_constant_groups(make, symmetric, dtype):
+    value = np.float32([[3.3], [-0.017], [1.0], [-300.1]])
+    packed = make(32, symmetric, dtype).encode(value.repeat(32, 1), axes=-1)
     relative = {"bfloat16": 2**-9, "float16": 2**-11, "float32": 2**-23}[dtype]
-    np.testing.assert_allclose(packed.decode(), value, rtol=relative * (1 if symmetric else 0.1) + 2e-7)
+    relative *= 2 if symmetric else 0.1
+    np.testing.assert_allclose(packed.decode(), value.repeat(32, 1), rtol=relative + 2e-7)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -170,27 +172,25 @@ def test_rounding_of_scales(dtype, rounding):
         ((-2, -3), 16, (1, 2, 6)),
     ],
 )
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_several_group_axes(axes, group, scale_shape, symmetric):
+def test_several_group_axes(axes, group, scale_shape):
     x = normal(4, 8, 6)
-    packed = codecs.int4(group, symmetric).encode(x, axes=axes)
+    packed = codecs.int4(group, symmetric=False).encode(x, axes=axes)
     assert packed.shape == x.shape and packed.scale.shape == scale_shape
     last = list(x.shape)
     last[axes[-1]] //= 2
     assert packed.planes[0].shape == tuple(last)
     size = 32 if group == "channel" else group
     flat = np.moveaxis(x, (3 + axes[0], 3 + axes[1]), (0, 1)).reshape(32, 6)
-    expected = np.asarray(codecs.int4(size, symmetric).encode(flat, axes=-2).decode()).reshape(
+    expected = np.asarray(codecs.int4(size, symmetric=False).encode(flat, axes=-2).decode()).reshape(
         x.shape[axes[0]], -1, 6
     )
     np.testing.assert_array_equal(packed.decode(), np.moveaxis(expected, (0, 1), (3 + axes[0], 3 + axes[1])))
 
 
-@pytest.mark.parametrize("make", [codecs.int8, codecs.int4])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("codec", [codecs.int8(16, False), codecs.int4(16)], ids=["int8-affine", "int4"])
 @pytest.mark.parametrize("key", [None, 3])
-def test_batch_axes(make, symmetric, key):
-    codec, x = make(16, symmetric), normal(3, 32, 5)
+def test_batch_axes(codec, key):
+    x = normal(3, 32, 5)
     stacked = codec.encode(x, axes=-2)
     each = [codec.encode(layer, axes=-2) for layer in x]
     assert_same(stacked, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
@@ -220,7 +220,7 @@ def test_transpose(permutation):
 @pytest.mark.parametrize("make, symmetric, dtype", GRID)
 @pytest.mark.parametrize("group", [32, 64, "channel"])
 def test_bits_per_element_is_exact(make, symmetric, dtype, group):
-    packed = make(group, symmetric, dtype).encode(normal(2, 128, 3), axes=-2)
+    packed = jax.eval_shape(make(group, symmetric, dtype).encode, normal(2, 128, 3))
     size = 128 if group == "channel" else group
     bits = {"bfloat16": 16, "float16": 16, "float32": 32}[dtype]
     assert packed.codec.bits_per_element(size) == packed.bits_per_element == packed.nbytes * 8 / packed.size
@@ -233,7 +233,7 @@ def test_channel_bits_need_the_size():
         codecs.int4("channel").bits_per_element()
 
 
-@pytest.mark.parametrize("make, symmetric, dtype", GRID)
+@pytest.mark.parametrize("make, symmetric, dtype", FOUR)
 def test_jit_gives_the_same_codes(make, symmetric, dtype):
     codec, x = make(16, symmetric, dtype), normal(32, 8, scale=3)
     assert_same(codec.encode(x), jax.jit(codec.encode)(x))
@@ -241,7 +241,7 @@ def test_jit_gives_the_same_codes(make, symmetric, dtype):
     np.testing.assert_array_equal(packed.decode(), jax.jit(lambda p: p.decode())(packed))
 
 
-@pytest.mark.parametrize("make, symmetric, dtype", GRID)
+@pytest.mark.parametrize("make, symmetric, dtype", FOUR)
 def test_stochastic_rounding_is_unbiased(make, symmetric, dtype):
     codec, draws = make(32, symmetric, dtype), 512
     x = np.concatenate([normal(4, 32), np.abs(normal(2, 32)), normal(2, 32) + 3])
