@@ -2,6 +2,7 @@
 
 import functools
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 
 from memjax import codecs
 
-gguf = pytest.importorskip("gguf")
 KINDS = ["Q4_0", "Q4_1", "Q8_0"]
 
 
@@ -34,6 +34,7 @@ def cases():
         "constants": np.float32([3.3, -3.3, 1e-3, 7])[rows % 4],
         "outliers": np.where(rows % 64 == columns, 1e4, x),
         "ties": rng.integers(-20, 21, x.shape) / 2,
+        "half steps": rng.integers(-16, 17, x.shape) / 16 * x[:, :1],
         "opposite extremes": np.where(columns % 2, 1, -1) * np.where(rows % 2, 2.7, -2.7),
         "subnormal float16 scales": x * 1e-5,
         "scales that round to zero": x * 1e-9,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels import _bits
 
@@ -88,6 +89,18 @@ def test_seeds_give_unrelated_streams(other):
     assert len(np.intersect1d(a, b)) < 10
 
 
+@pytest.mark.parametrize("word", [0, 1])
+def test_both_seed_words_matter(word):
+    n = 1 << 16
+    words = [jnp.uint32(1), jnp.uint32(2)]
+    counter = jnp.arange(n, dtype=jnp.uint32)
+    a = _bits.hash_bits(tuple(words), counter)
+    words[word] = words[word] ^ np.uint32(4)
+    b = _bits.hash_bits(tuple(words), counter)
+    agree = (bit_matrix(a)[:, :, None] == bit_matrix(b)[:, None, :]).mean(0)
+    assert np.abs(agree - 0.5).max() < 5.5 * 0.5 / np.sqrt(n)
+
+
 def test_every_counter_bit_flips_half_of_the_output():
     words = _bits.seed_words(11)
     counter = np.arange(1 << 14, dtype=np.uint32)
@@ -115,6 +128,20 @@ def test_bits_are_stateless():
     )
     by_row = jax.vmap(lambda seed: _bits.random_bits(seed, (4,)))(jnp.arange(2))
     np.testing.assert_array_equal(by_row[1], _bits.random_bits(jnp.uint32(1), (4,)))
+
+
+def test_works_inside_a_kernel():
+    def kernel(words, out, packed):
+        bits = _bits.hash_bits((words[0], words[1]), _bits.flat_counter(out.shape))
+        out[...] = _bits.uniform(bits)
+        codes = (bits >> np.uint32(28)).astype(jnp.uint8)
+        packed[...] = _bits.pack(codes, 4, -1, 32)[0]
+
+    shapes = (jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((8, 32), jnp.uint8))
+    out, packed = pl.pallas_call(kernel, shapes, interpret=True)(jnp.stack(_bits.seed_words(4)))
+    bits = _bits.random_bits(4, (8, 64))
+    np.testing.assert_array_equal(out, _bits.uniform(bits))
+    np.testing.assert_array_equal(_bits.unpack((packed,), 4, -1, 32), bits >> np.uint32(28))
 
 
 def test_bad_seeds():
