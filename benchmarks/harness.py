@@ -61,9 +61,7 @@ class Workload(NamedTuple):
     step: Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def random_leaf(
-    key: Any, shape: tuple[int, ...], dtype: Any, mean: float, std: float, convert: Any = None
-) -> Any:
+def random_leaf(key: Any, shape: tuple[int, ...], dtype: Any, mean: float, std: float, convert: Any = None) -> Any:
     """Returns a random array, made slice by slice along its first axis, so that its float32 form never exists whole.
 
     Args:
@@ -109,9 +107,7 @@ def measure_training(
     row["compile_s"] = time.perf_counter() - start
     row["peak_after_compile_gib"] = peak_gib()
     analysis = step.memory_analysis()
-    bytes_ = {
-        name: getattr(analysis, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
-    }
+    bytes_ = {name: getattr(analysis, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     row |= {f"{name}_gib": count / GIB for name, count in bytes_.items()}
     row["compiled_gib"] = (bytes_["argument"] + bytes_["output"] + bytes_["temp"] - bytes_["alias"]) / GIB
 
@@ -178,12 +174,15 @@ def describe_device() -> dict[str, Any]:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return (
-            subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split("\n")[0].strip()
-            or None
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split("\n")[0].strip() or None
     except OSError:
         return None
+
+
+def last_exception(stderr: str) -> str:
+    """Returns the last exception in a process's error output, without the traceback, or an empty string."""
+    found = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*(?:\n(?!-----).*){0,3}", stderr, re.MULTILINE)
+    return found[-1].strip()[:500] if found else ""
 
 
 def run_process(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
@@ -195,8 +194,7 @@ def run_process(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"did not finish in {timeout_s:.0f} s"}
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": "\n".join(lines[-3:])[-600:] or f"exit status {done.returncode}"}
+        return {"error": last_exception(done.stderr) or f"exit status {done.returncode}"}
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -237,9 +235,7 @@ def run_suite(
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if keep and path.exists() else {"runs": {}, "rows": []}
     rows = [row for row in old["rows"] if row["case"] not in cases]
-    runs = {name: old["runs"][name] for name in old["runs"] if any(row["run"] == name for row in rows)} | {
-        run: facts
-    }
+    runs = {name: old["runs"][name] for name in old["runs"] if any(row["run"] == name for row in rows)} | {run: facts}
     for case in cases:
         spent = time.monotonic() - start
         if spent < limit_s:
@@ -263,19 +259,13 @@ def main(
       default: pattern of the cases that run when none are named.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
-    parser.add_argument(
-        "--case", choices=cases, metavar="NAME", help="run one case here and print its JSON line"
-    )
-    parser.add_argument(
-        "--cases", nargs="+", default=[default], metavar="PATTERN", help="run the cases that match"
-    )
+    parser.add_argument("--case", choices=cases, metavar="NAME", help="run one case here and print its JSON line")
+    parser.add_argument("--cases", nargs="+", default=[default], metavar="PATTERN", help="run the cases that match")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of all results")
     parser.add_argument("--timeout-s", type=float, default=180, help="time for one case")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="start no case later than this")
-    parser.add_argument(
-        "--keep", action="store_true", help="keep the recorded rows of cases that are not run now"
-    )
+    parser.add_argument("--keep", action="store_true", help="keep the recorded rows of cases that are not run now")
     options = parser.parse_args()
     chosen = [case for case in cases if any(fnmatch.fnmatch(case, pattern) for pattern in options.cases)]
     if not chosen:

@@ -60,9 +60,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def sources() -> list[Path]:
-    return [
-        path for package in ("memjax", "pallas_kernels") for path in sorted((ROOT / package).rglob("*.py"))
-    ]
+    return [path for package in ("memjax", "pallas_kernels") for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 def test_only_the_compat_module_imports_private_jax():

@@ -17,9 +17,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    indented = re.findall(
-        r"^    (\S.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S), re.MULTILINE
-    )
+    indented = re.findall(r"^    (\S.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S), re.MULTILINE)
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()] + indented
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 

@@ -60,9 +60,7 @@ def run(
         use_cache=False,
     )
     with device:
-        model = transformers.AutoModelForCausalLM.from_config(
-            sizes, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))

@@ -61,9 +61,7 @@ def rope(x: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def hidden(
-    config: Llama, params: Params, theta: Params, scale: float, tokens: jax.Array, attention: str
-) -> jax.Array:
+def hidden(config: Llama, params: Params, theta: Params, scale: float, tokens: jax.Array, attention: str) -> jax.Array:
     """Returns the last hidden states [B, S, D] of ``tokens`` [B, S]."""
     batch, length = tokens.shape
 
@@ -111,9 +109,7 @@ def chunked_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array, chu
     return total / targets.size
 
 
-def build(
-    config: Llama, *, rank: int, alpha: float, chunk: int, learning_rate: float, attention: str
-) -> Workload:
+def build(config: Llama, *, rank: int, alpha: float, chunk: int, learning_rate: float, attention: str) -> Workload:
     """Returns the LoRA training step with AdamW.
 
     Args:
