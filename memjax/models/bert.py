@@ -244,9 +244,14 @@ _LAYER_MODULES = {
 }
 
 
-def hf_sources(config: BertConfig) -> dict[str, Source]:
-    """Returns leaf path -> tensor of a Hugging Face checkpoint, without the ``bert.`` or ``roberta.`` prefix."""
-    del config  # every size has the same leaves
+def plain_name(name: str) -> str:
+    """Returns a tensor name without its ``bert.`` or ``roberta.`` prefix and with today's names of norm weights."""
+    name = name.removeprefix("bert.").removeprefix("roberta.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def hf_sources() -> dict[str, Source]:
+    """Returns leaf path -> tensor of a Hugging Face checkpoint, as `plain_name` names it."""
     sources = {
         f"embeddings/{ours}/embedding": Source(f"embeddings.{theirs}_embeddings.weight")
         for ours, theirs in (("word", "word"), ("position", "position"), ("token_type", "token_type"))
@@ -261,5 +266,4 @@ def hf_sources(config: BertConfig) -> dict[str, Source]:
     return sources
 
 
-HF_PREFIXES = ("bert.", "roberta.")
 HF_IGNORED = ("embeddings.position_ids", "pooler.*", "cls.*", "lm_head.*")
