@@ -73,9 +73,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             if component == "**":
                 regex += "(?:[^/]+/)*"
             else:
-                regex += "".join(
-                    "[^/]*" if c == "*" else "[^/]" if c == "?" else re.escape(c) for c in component
-                )
+                regex += "".join("[^/]*" if c == "*" else "[^/]" if c == "?" else re.escape(c) for c in component)
                 regex += "/"
         alternatives.append(regex)
     return re.compile("(?:" + "|".join(alternatives) + ")")

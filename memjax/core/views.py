@@ -79,8 +79,13 @@ class WeightView(abc.ABC):
 
     @abc.abstractmethod
     def dot(
-        self, x: jax.Array, *, transpose: bool = False, casts: tuple[Any, ...] = (), precision: Any = None,
-        preferred_element_type: Any = None, out_sharding: Any = None,
+        self,
+        x: jax.Array,
+        *,
+        transpose: bool = False,
+        casts: tuple[Any, ...] = (),
+        precision: Any = None,
+        preferred_element_type: Any = None,
     ) -> jax.Array:
         """Multiplies by the weight.
 
@@ -89,7 +94,7 @@ class WeightView(abc.ABC):
             axes in the order of ``axes.inputs`` (the output axes when ``transpose``).
           transpose: contract the output axes instead of the input axes.
           casts: dtypes that the weight is cast to, in turn, before the product.
-          precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
+          precision, preferred_element_type: as in `jax.lax.dot_general`.
 
         Returns:
           ``[*batch, *rows, *outputs]`` in the order of ``axes.outputs`` (the input axes when ``transpose``).
@@ -108,9 +113,17 @@ class WeightView(abc.ABC):
         """
 
     @abc.abstractmethod
-    def conv(self, x: jax.Array, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]) -> jax.Array:
-        """Convolves ``x`` with the weight as `jax.lax.conv_general_dilated` does, whose other parameters are
-        ``params``; ``permutation`` gives, per kernel axis, the (negative) axis of the view."""
+    def conv(
+        self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
+    ) -> jax.Array:
+        """Convolves as `jax.lax.conv_general_dilated` does; the view must have no batch axes.
+
+        Args:
+          x: the left-hand side.
+          permutation: for each axis of the kernel that the program convolves with, the axis of the view.
+          casts: dtypes that the weight is cast to, in turn, before the product.
+          params: the other parameters of the primitive.
+        """
 
     @abc.abstractmethod
     def materialize(self) -> jax.Array:

@@ -1,0 +1,119 @@
+"""The dense weight as a view: the base under an adapter, and the arithmetic that other views share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from memjax.core.views import Axes, WeightView
+
+
+def cast_chain(w: jax.Array, casts: tuple[Any, ...]) -> jax.Array:
+    """Casts ``w`` to each dtype in turn."""
+    for dtype in casts:
+        w = w.astype(dtype)
+    return w
+
+
+def product(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    contract: tuple[int, ...],
+    batch_ndim: int,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Contracts the trailing axes of ``x`` with axes ``contract`` of ``w``; both lead with the batch axes.
+
+    Args:
+      x: ``[*batch, *rows, *contracted]``.
+      w: ``[*batch, ...]``.
+      contract: negative axes of ``w`` in the order in which ``x`` has them.
+
+    Returns:
+      ``[*batch, *rows, *rest of w]``.
+    """
+    batch = tuple(range(batch_ndim))
+    x_axes = tuple(range(x.ndim - len(contract), x.ndim))
+    w_axes = tuple(axis % w.ndim for axis in contract)
+    return lax.dot_general(
+        x, w, ((x_axes, w_axes), (batch, batch)), precision=precision, preferred_element_type=preferred_element_type
+    )
+
+
+def casting(fn: Any, x: jax.Array, w: jax.Array, casts: tuple[Any, ...]) -> jax.Array:
+    """Returns ``fn(x, cast of w)`` such that reverse mode keeps ``w`` itself, never the cast copy."""
+    if not casts or all(jnp.dtype(dtype) == w.dtype for dtype in casts):
+        return fn(x, w)
+    return jax.checkpoint(lambda x, w: fn(x, cast_chain(w, casts)))(x, w)
+
+
+def in_order(y: jax.Array, produced: tuple[int, ...], wanted: tuple[int, ...]) -> jax.Array:
+    """Reorders the trailing axes of ``y`` from the order of ``produced`` to that of ``wanted``."""
+    lead = y.ndim - len(produced)
+    return y.transpose([*range(lead), *(lead + produced.index(axis) for axis in wanted)])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
+@dataclass(frozen=True)
+class Dense(WeightView):
+    """A dense weight.
+
+    Attributes:
+      array: ``[*batch, ...]`` in its own dtype.
+      axes: its input and output axes.
+    """
+
+    array: jax.Array
+    axes: Axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def dot(self, x, *, transpose=False, casts=(), precision=None, preferred_element_type=None):
+        into, out_of = (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
+        y = casting(
+            functools.partial(
+                product,
+                contract=into,
+                batch_ndim=self.batch_ndim,
+                precision=precision,
+                preferred_element_type=preferred_element_type,
+            ),
+            x,
+            self.array,
+            casts,
+        )
+        return in_order(y, tuple(sorted(out_of)), out_of)
+
+    def take(self, indices, *, axis, casts=()):
+        rows = cast_chain(jnp.take(self.array, indices.reshape(-1), axis=axis, mode="clip"), casts)
+        rows = jnp.moveaxis(rows, axis, 0)
+        return rows.reshape(indices.shape + rows.shape[1:])
+
+    def conv(self, x, *, permutation, casts, params):
+        def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+            return lax.conv_general_dilated_p.bind(x, w.transpose([axis % w.ndim for axis in permutation]), **params)
+
+        return casting(convolve, x, self.array, casts)
+
+    def materialize(self):
+        return self.array
+
+    def astype(self, dtype):
+        return replace(self, array=self.array.astype(dtype))
+
+    def specs(self, spec):
+        return replace(self, array=PartitionSpec(*spec))
