@@ -102,9 +102,7 @@ class LlamaConfig:
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ValueError(f"sliding_window must be positive, got {self.sliding_window}")
         if self.window_layers is not None and len(self.window_layers) != self.num_layers:
-            raise ValueError(
-                f"window_layers has {len(self.window_layers)} entries for num_layers = {self.num_layers}"
-            )
+            raise ValueError(f"window_layers has {len(self.window_layers)} entries for num_layers = {self.num_layers}")
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
             raise ValueError(f"rope scaling has {len(scaling.factors)} factors for head_dim {self.head_dim}")
@@ -411,9 +409,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     if window is not None and family != "mistral":
         first = config.get("max_window_layers", 28)
         kinds = config.get("layer_types")
-        window_layers = tuple(
-            kinds[i] == "sliding_attention" if kinds else i >= first for i in range(layers)
-        )
+        window_layers = tuple(kinds[i] == "sliding_attention" if kinds else i >= first for i in range(layers))
     bias = bool(config.get("attention_bias", False))
     return LlamaConfig(
         vocab_size=config["vocab_size"],
@@ -572,8 +568,18 @@ GGUF_IGNORED = ("rope_freqs.weight", "blk.*.attn_rot_embd.weight")
 _LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 _NAMED = {
     "llama-3.2-1b": LlamaConfig(
-        128256, 2048, 8192, 16, 32, 8, 64, 500000.0, dataclasses.replace(_LLAMA3, factor=32.0), 1e-5,
-        tie_embeddings=True, max_positions=131072,
+        128256,
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        64,
+        500000.0,
+        dataclasses.replace(_LLAMA3, factor=32.0),
+        1e-5,
+        tie_embeddings=True,
+        max_positions=131072,
     ),
     "llama-3.1-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 500000.0, _LLAMA3, 1e-5, max_positions=131072),
     "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_eps=1e-5, max_positions=4096),

@@ -205,5 +205,7 @@ def _fill(part: Callable[[int], Any], count: int, stacked: bool, dtype: Any = No
     lead = (count,) if stacked else ()
     out = jax.tree.map(lambda leaf: np.empty((*lead, *leaf.shape), dtype or leaf.dtype), first)
     for i in range(count):
-        jax.tree.map(lambda to, leaf: np.copyto(to[i] if stacked else to, leaf, casting="unsafe"), out, part(i) if i else first)
+        jax.tree.map(
+            lambda to, leaf: np.copyto(to[i] if stacked else to, leaf, casting="unsafe"), out, part(i) if i else first
+        )
     return jax.tree.map(jnp.asarray, out)

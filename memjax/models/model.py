@@ -132,9 +132,7 @@ class Model:
         if self.kind == "causal":
             if mask is not None or token_types is not None:
                 raise ValueError("mask and token_types are for encoders; a decoder takes segment_ids")
-            return module(
-                tokens, segment_ids=segment_ids, positions=positions, remat=remat, attention=attention
-            )
+            return module(tokens, segment_ids=segment_ids, positions=positions, remat=remat, attention=attention)
         if segment_ids is not None or positions is not None:
             raise ValueError("segment_ids and positions are for decoders; an encoder takes mask")
         return module(tokens, mask=mask, token_types=token_types, remat=remat, attention=attention)
