@@ -130,7 +130,7 @@ class Embeddings(nnx.Module):
 class Bert(nnx.Module):
     """A BERT-family encoder.
 
-    Params: ``embeddings/{word,position,token_type}/embedding``, ``embeddings/norm/{scale,bias}``, and ``layers/...`` with
+    Params: ``embeddings/{word,position,token_type}/embedding``, ``embeddings/norm/{scale,bias}``, ``layers/...`` with
     a leading layer axis: ``self_attn/{q,k,v,o}_proj``, ``attention_norm``, ``mlp/{up,down}_proj``, ``output_norm``.
     """
 

@@ -27,7 +27,7 @@ from memjax.models.model import Config, Model, abstract
 from memjax.models.packages import resolve
 from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
 from memjax.models.tokenizer import load_tokenizer
-from memjax.weights import PackedWeight
+from memjax.weights.packed import PackedWeight
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
@@ -205,7 +205,6 @@ def _fill(part: Callable[[int], Any], count: int, stacked: bool, dtype: Any = No
     lead = (count,) if stacked else ()
     out = jax.tree.map(lambda leaf: np.empty((*lead, *leaf.shape), dtype or leaf.dtype), first)
     for i in range(count):
-        jax.tree.map(
-            lambda to, leaf: np.copyto(to[i] if stacked else to, leaf, casting="unsafe"), out, part(i) if i else first
-        )
+        for to, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(part(i) if i else first)):
+            to[i if stacked else ...] = leaf
     return jax.tree.map(jnp.asarray, out)
