@@ -23,17 +23,20 @@ import numpy as np
 
 from memjax.models._tables import TensorTable, map_bytes
 
-TYPE_NAMES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9:
-    "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17:
-    "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25:
-    "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33:
-    "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4",
-    40: "NVFP4", 41: "Q1_0",
-}  # fmt: skip
+# Names by type number; some formats were removed from ggml, and their numbers stay taken.
+# fmt: off
+TYPE_NAMES = [
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1",
+    "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K",
+    "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS",
+    "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4",
+    "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4",
+    "NVFP4", "Q1_0",
+]
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",
-}  # fmt: skip
+}
+# fmt: on
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _ROWS_AT_ONCE_ELEMENTS = 1 << 20
 
@@ -339,7 +342,7 @@ def _tensor_entry(cursor: _Cursor, name: str) -> tuple[str, tuple[int, ...], int
     sizes = tuple(cursor.number("<Q", f"the sizes of {name!r}") for _ in range(ndim))
     number = cursor.number("<I", f"the type of {name!r}")
     offset = cursor.number("<Q", f"the offset of {name!r}")
-    kind = TYPE_NAMES.get(number, f"number {number}, unknown to this version")
+    kind = TYPE_NAMES[number] if number < len(TYPE_NAMES) else f"number {number}, unknown to this version"
     if kind not in KINDS:
         raise ValueError(
             f"{where} has the type {kind}, which is not read; read are {', '.join(KINDS)}: take another "

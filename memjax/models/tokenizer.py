@@ -23,6 +23,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from memjax.models.gguf import Gguf, read_gguf
 from memjax.models.safetensors_reader import read_json
 
@@ -142,15 +144,10 @@ class Tokenizer:
 
         if style != "chatml" and self.bos_id is not None and (style == "llama3" or self._adds_bos):
             extend([self.bos_id])
-        turns = [(message["role"], message["content"]) for message in messages]
-        if add_generation_prompt:
-            turns.append(("assistant", None))
-        for role, text in turns:
+        for message in messages:
+            role, text = message["role"], message["content"]
             before, header, after = self._frame(style, role)
             extend(before)
-            if text is None:
-                extend(self._text(header))
-                break
             if style == "llama3":
                 text = text.strip()
             if role == "assistant":
@@ -161,6 +158,9 @@ class Tokenizer:
                 if style != "plain":
                     extend([end])
             extend(self._text(after))
+        if add_generation_prompt:
+            before, header, _ = self._frame(style, "assistant")
+            extend([*before, *self._text(header)])
         return ChatTokens(ids, mask)
 
     def _frame(self, style: str, role: str) -> tuple[list[int], str, str]:
@@ -237,7 +237,10 @@ def _from_folder(folder: pathlib.Path) -> Tokenizer:
         raise ValueError(f"{folder} has no tokenizer.json{hint}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+        backend.encode("")  # a template that names an absent token is found only here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are BaseException
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
@@ -250,8 +253,9 @@ def _from_folder(folder: pathlib.Path) -> Tokenizer:
         for table in settings:
             value = table.get(f"{role}_token")
             name = value.get("content") if isinstance(value, dict) else value
-            if isinstance(name, str) and backend.token_to_id(name) is not None:
-                return int(backend.token_to_id(name))
+            number = backend.token_to_id(name) if isinstance(name, str) else None
+            if number is not None:
+                return number
         value = settings[-1].get(f"{role}_token_id")
         first = value[0] if isinstance(value, list) and value else value
         return first if type(first) is int else None
@@ -296,8 +300,8 @@ def _from_gguf(gguf: Gguf) -> Tokenizer:
     for merge, pair in zip(merges, pairs):
         if len(pair) != 2:
             raise ValueError(f"{gguf.path}: the merge {merge!r} is not a pair")
-    types = gguf.metadata.get("tokenizer.ggml.token_type", ())
-    if len(types) not in (0, len(tokens)):
+    types = get("token_type", np.ndarray, np.zeros(len(tokens)))
+    if len(types) != len(tokens):
         raise ValueError(f"{gguf.path} has {len(tokens)} tokens and {len(types)} token types")
 
     def special(key: str) -> int | None:
@@ -323,7 +327,5 @@ def _from_gguf(gguf: Gguf) -> Tokenizer:
     backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in defined])
     eos, bos, pad = special("eos"), special("bos"), special("padding")
     if get("add_bos_token", bool, pre == "llama-bpe") and bos is not None:
-        backend.post_processor = processors.TemplateProcessing(
-            single="$bos $A", pair="$bos $A $B", special_tokens=[("$bos", bos)]
-        )
+        backend.post_processor = processors.TemplateProcessing(single="BOS $A", special_tokens=[("BOS", bos)])
     return Tokenizer(backend, len(tokens), eos, bos, eos if pad is None else pad)
