@@ -22,6 +22,7 @@ from memjax.models.layers import (
     Remat,
     Source,
     attend,
+    require_sizes,
     scan_layers,
     stack_layers,
 )
@@ -50,6 +51,16 @@ class BertConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        require_sizes(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "max_positions",
+            "type_vocab_size",
+        )
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 

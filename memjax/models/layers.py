@@ -34,6 +34,14 @@ class Source(NamedTuple):
     rotary_heads: int = 0
 
 
+def require_sizes(config: Any, *names: str) -> None:
+    """Raises ValueError unless the named fields of ``config`` are positive integers."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
 class Linear(nnx.Module):
     """``x @ kernel (+ bias)`` in the dtype of ``x``."""
 

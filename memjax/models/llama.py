@@ -25,6 +25,7 @@ from memjax.models.layers import (
     Remat,
     Source,
     attend,
+    require_sizes,
     scan_layers,
     stack_layers,
 )
@@ -82,7 +83,8 @@ class LlamaConfig:
     max_positions: int = 4096
 
     def __post_init__(self) -> None:
-        for name in (
+        require_sizes(
+            self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -91,10 +93,7 @@ class LlamaConfig:
             "num_kv_heads",
             "head_dim",
             "max_positions",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -104,6 +103,8 @@ class LlamaConfig:
         if self.window_layers is not None and len(self.window_layers) != self.num_layers:
             raise ValueError(f"window_layers has {len(self.window_layers)} entries for num_layers = {self.num_layers}")
         scaling = self.rope_scaling
+        if scaling is not None and scaling.kind not in ("linear", "llama3", "factors"):
+            raise ValueError(f"unknown rope scaling kind {scaling.kind!r}; known: linear, llama3, factors")
         if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
             raise ValueError(f"rope scaling has {len(scaling.factors)} factors for head_dim {self.head_dim}")
 
@@ -137,13 +138,11 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
         inverse = inverse / scaling.factor
     elif scaling.kind == "factors":
         inverse = inverse / np.asarray(scaling.factors)
-    elif scaling.kind == "llama3":
+    else:
         turns = scaling.original_max_positions * inverse / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
         inverse = keep * inverse + (1 - keep) * inverse / scaling.factor
-    else:
-        raise ValueError(f"unknown rope scaling kind {scaling.kind!r}; known: linear, llama3, factors")
     return inverse.astype(np.float32)
 
 
@@ -358,23 +357,24 @@ class Llama(nnx.Module):
         return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"rope scaling type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind not in _ROPE_KEYS:
+        raise ValueError(f"rope scaling type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
+    missing = [key for key in _ROPE_KEYS[kind] if key not in rope]
+    if missing:
+        raise ValueError(f"rope scaling of type {kind!r} lacks {', '.join(missing)}")
+    values = [rope[key] for key in _ROPE_KEYS[kind]]
+    return theta, None if kind == "default" else RopeScaling(kind, *values)
 
 
 def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
@@ -401,7 +401,11 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         if found is not None and found != supported:
             raise ValueError(f"config.json has {name} = {found!r}, but only {supported!r} is supported")
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    default_head_dim = 128 if family == "qwen3" else config["hidden_size"] // heads
+    head_dim = config.get("head_dim") or (128 if family == "qwen3" else None)
+    if head_dim is None:
+        if config["hidden_size"] % heads:
+            raise ValueError(f"hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
+        head_dim = config["hidden_size"] // heads
     theta, scaling = _rope(config)
     window, window_layers = None, None
     if family == "mistral" or (family != "llama" and config.get("use_sliding_window")):
@@ -418,7 +422,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or default_head_dim,
+        head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
         rms_eps=float(config.get("rms_norm_eps", 1e-6)),

@@ -9,9 +9,7 @@ from memjax import models
 
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 ENCODERS = ("bert", "bert_masked_lm", "roberta")
-DECODERS = tuple(
-    sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir() and folder.name not in ENCODERS)
-)
+DECODERS = tuple(sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir() and folder.name not in ENCODERS))
 
 
 @functools.cache
