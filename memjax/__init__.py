@@ -1,1 +1,16 @@
 """memjax: fine-tune, train and serve JAX models that do not fit."""
+
+import importlib
+from typing import Any
+
+from memjax import adapters, codecs, core, weights
+from memjax.weights import lift
+
+__version__ = "0.1.0"
+__all__ = ["adapters", "codecs", "core", "lift", "models", "recipes", "weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("models", "recipes"):
+        return importlib.import_module(f"memjax.{name}")
+    raise AttributeError(f"module 'memjax' has no attribute {name!r}")

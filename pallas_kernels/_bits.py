@@ -46,9 +46,7 @@ def seed_words(seed: Any) -> tuple[jax.Array, jax.Array]:
             raise ValueError(f"expected a scalar seed or seed words [n], got shape {seed.shape}")
         words = list(jnp.asarray(seed).reshape(-1).astype(jnp.uint32))
     else:
-        raise TypeError(
-            f"expected a random key, an integer or an integer array as seed, got {type(seed).__name__}"
-        )
+        raise TypeError(f"expected a random key, an integer or an integer array as seed, got {type(seed).__name__}")
     a, b = jnp.asarray(np.uint32(0x9E3779B9)), jnp.asarray(np.uint32(0x85EBCA6B))
     for word in words:
         a = _mix(a ^ word)
@@ -143,10 +141,7 @@ def pack(codes: jax.Array, bits: int, axis: int, block: int) -> tuple[jax.Array,
         field = (codes >> np.uint8(low)) & np.uint8(2**width - 1)
         parts = _split(field, axis, size // block, per_byte, block // per_byte)
         position = axis % codes.ndim + 1
-        shifted = (
-            lax.index_in_dim(parts, i, position, keepdims=False) << np.uint8(i * width)
-            for i in range(per_byte)
-        )
+        shifted = (lax.index_in_dim(parts, i, position, keepdims=False) << np.uint8(i * width) for i in range(per_byte))
         joined = functools.reduce(operator.or_, shifted)
         planes.append(joined.reshape(*codes.shape[: position - 1], size // per_byte, *codes.shape[position:]))
         low += width

@@ -91,9 +91,7 @@ class Gguf(Codec):
     def encode(self, x: Any, axes: int | tuple[int, ...] = (-2,), key: None = None) -> Packed:
         """Encodes as `Codec.encode`, with ggml's own rounding; a ``key`` raises ValueError."""
         if key is not None:
-            raise ValueError(
-                f"{self.kind} has its own rounding, got a key for stochastic rounding; use int4 or int8"
-            )
+            raise ValueError(f"{self.kind} has its own rounding, got a key for stochastic rounding; use int4 or int8")
         return super().encode(x, axes)
 
     def quantize(
@@ -141,9 +139,7 @@ def from_gguf(kind: str, raw: np.ndarray, shape: tuple[int, ...], dtype: Any = "
     *lead, columns = shape
     block_bytes = int(codec.bits_per_element() * BLOCK / 8)
     if columns % BLOCK:
-        raise ValueError(
-            f"{codec.kind} rows hold blocks of {BLOCK} elements, got rows of {columns} in shape {shape}"
-        )
+        raise ValueError(f"{codec.kind} rows hold blocks of {BLOCK} elements, got rows of {columns} in shape {shape}")
     expected = (int(np.prod(lead, dtype=np.int64)), columns // BLOCK * block_bytes)
     if raw.dtype != np.uint8 or raw.shape != expected:
         raise ValueError(
@@ -167,9 +163,7 @@ def to_gguf(packed: Packed) -> np.ndarray:
     if not isinstance(packed.codec, Gguf):
         raise ValueError(f"expected Q4_0, Q4_1 or Q8_0 codes, got {packed.codec}")
     if packed.axes != (-1,):
-        raise ValueError(
-            f"GGUF blocks run along the last axis, got groups along {packed.axes}: transpose first"
-        )
+        raise ValueError(f"GGUF blocks run along the last axis, got groups along {packed.axes}: transpose first")
     *lead, columns = packed.shape
     halves = [packed.scale] if packed.offset is None else [packed.scale, packed.offset]
     header = np.stack([np.asarray(half) for half in halves], axis=-1).astype("<u2", copy=False).view(np.uint8)

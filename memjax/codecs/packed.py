@@ -80,15 +80,11 @@ def group_blocks(shape: tuple[int, ...], axes: tuple[int, ...], group: int | str
         blocks.append(block)
         rest //= block
     if rest != 1:
-        raise ValueError(
-            f"groups of {group} are larger than the group axes of sizes {tuple(sizes)} in shape {shape}"
-        )
+        raise ValueError(f"groups of {group} are larger than the group axes of sizes {tuple(sizes)} in shape {shape}")
     return tuple(reversed(blocks))
 
 
-def _blocked(
-    x: jax.Array, axes: tuple[int, ...], counts: tuple[int, ...]
-) -> tuple[jax.Array, tuple[int, ...]]:
+def _blocked(x: jax.Array, axes: tuple[int, ...], counts: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
     """Splits every group axis into (group, element); returns the array and the element axes, negative."""
     split = {axis % x.ndim: count for axis, count in zip(axes, counts)}
     shape: list[int] = []
@@ -154,9 +150,7 @@ class Codec(abc.ABC):
         """
         group = self.group if group is None else group
         if isinstance(group, str):
-            raise ValueError(
-                "a codec with one group per channel needs the channel's size: bits_per_element(group=...)"
-            )
+            raise ValueError("a codec with one group per channel needs the channel's size: bits_per_element(group=...)")
         stored = jnp.dtype(self.scale_dtype).itemsize * 8
         return self.bits + stored * (1 if self.symmetric else 2) / group
 
@@ -178,9 +172,7 @@ class Codec(abc.ABC):
             where ``x`` is concrete, NaN, infinities and values whose scale overflows.
         """
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"expected a floating-point array to encode, got {getattr(x, 'dtype', type(x).__name__)}"
-            )
+            raise TypeError(f"expected a floating-point array to encode, got {getattr(x, 'dtype', type(x).__name__)}")
         axes = (axes,) if isinstance(axes, int) else tuple(axes)
         for axis in axes:
             if not -x.ndim <= axis < x.ndim:
@@ -257,6 +249,37 @@ class Packed:
         Shifts, products and broadcasts only, so that it fuses into its consumer.
         """
         return _decode(self, jnp.dtype(self.dtype if dtype is None else dtype))
+
+    def take(self, indices: jax.Array, axis: int) -> jax.Array:
+        """Decodes slices along one axis and reads nothing else.
+
+        Args:
+          indices: integers ``[n]``, in range.
+          axis: negative axis number; not one of several group axes.
+
+        Returns:
+          The array in `dtype` with ``axis`` of size n.
+        """
+        take = functools.partial(jnp.take, axis=axis, mode="clip")
+        if axis not in self.axes:
+            return jax.tree.map(lambda leaf: take(leaf, indices), self).decode()
+        if len(self.axes) > 1:
+            raise ValueError(f"cannot look up along axis {axis}, one of the group axes {self.axes}")
+        group = self.shape[axis] // self.scale.shape[axis]
+        column = [1] * self.ndim
+        column[axis] = -1
+        position = indices % group
+        codes, low = jnp.zeros((), jnp.uint8), 0
+        for plane, width in zip(self.planes, PLANES[self.codec.bits]):
+            stride = group * width // 8
+            shift = (position // stride * width).astype(jnp.uint8).reshape(column)
+            field = take(plane, indices // group * stride + position % stride) >> shift
+            codes = codes | ((field & np.uint8(2**width - 1)) << np.uint8(low))
+            low += width
+        values = self.codec.values(codes) * from_bits(take(self.scale, indices // group), self.codec.scale_dtype)
+        if self.offset is not None:
+            values = values + from_bits(take(self.offset, indices // group), self.codec.scale_dtype)
+        return values.astype(self.dtype)
 
     def astype(self, dtype: Any) -> Packed:
         """Returns the same codes standing for an array of ``dtype``."""

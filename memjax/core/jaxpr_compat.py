@@ -61,7 +61,11 @@ def _varying(leaves: Sequence[Any]) -> frozenset[str]:
 def abstract_like(shape: tuple[int, ...], dtype: Any, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
     """Returns an abstract array that varies over every manual mesh axis over which a leaf does."""
     varying = _varying(leaves)
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+    if not varying:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    sharding = jax.typeof(leaves[0]).sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
+    kind = jax.sharding.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
 
 def vary_like(x: jax.Array, leaves: Sequence[Any]) -> jax.Array:
@@ -115,6 +119,12 @@ def shard_map_parts(eqn: JaxprEqn) -> ShardMap:
         p["check_vma"],
         frozenset(p["newly_manual_axes"]),
     )
+
+
+def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Returns the shape of the first output of an equation."""
+    aval: Any = eqn.outvars[0].aval
+    return tuple(aval.shape)
 
 
 def has_shardings(eqn: JaxprEqn) -> bool:

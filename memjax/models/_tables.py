@@ -33,7 +33,5 @@ def map_bytes(file: pathlib.Path, offset: int, size: int) -> np.ndarray:
     if size == 0:
         return np.empty(0, np.uint8)
     if file.stat().st_size < offset + size:
-        raise ValueError(
-            f"{file} became shorter while it was read: bytes {offset} to {offset + size} are gone"
-        )
+        raise ValueError(f"{file} became shorter while it was read: bytes {offset} to {offset + size} are gone")
     return np.asarray(np.memmap(file, np.uint8, "r", offset, (size,)))

@@ -69,9 +69,7 @@ def _k_scales(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high, rest = (block["scales"][:, i : i + 4] for i in (0, 4, 8))
     scale = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
     minimum = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)
-    scale, minimum = (
-        _f32(block[name])[:, None] * _f32(codes) for name, codes in (("d", scale), ("dmin", minimum))
-    )
+    scale, minimum = (_f32(block[name])[:, None] * _f32(codes) for name, codes in (("d", scale), ("dmin", minimum)))
     return scale[..., None], minimum[..., None]
 
 
@@ -106,9 +104,7 @@ class Kind:
 
 
 def _block(**fields: Any) -> np.dtype:
-    return np.dtype(
-        [(name, *spec) if isinstance(spec, tuple) else (name, spec) for name, spec in fields.items()]
-    )
+    return np.dtype([(name, *spec) if isinstance(spec, tuple) else (name, spec) for name, spec in fields.items()])
 
 
 KINDS: dict[str, Kind] = {
@@ -119,9 +115,7 @@ KINDS: dict[str, Kind] = {
     "Q4_1": Kind(32, _block(d="<f2", m="<f2", q=("u1", 16)), _decode_q4_1),
     "Q8_0": Kind(32, _block(d="<f2", q=("i1", 32)), _decode_q8_0),
     "Q4_K": Kind(256, _block(d="<f2", dmin="<f2", scales=("u1", 12), q=("u1", 128)), _decode_q4_k),
-    "Q5_K": Kind(
-        256, _block(d="<f2", dmin="<f2", scales=("u1", 12), high=("u1", 32), q=("u1", 128)), _decode_q5_k
-    ),
+    "Q5_K": Kind(256, _block(d="<f2", dmin="<f2", scales=("u1", 12), high=("u1", 32), q=("u1", 128)), _decode_q5_k),
     "Q6_K": Kind(256, _block(q=("u1", 128), high=("u1", 64), scales=("i1", 16), d="<f2"), _decode_q6_k),
 }
 
@@ -295,9 +289,7 @@ def _parse(cursor: _Cursor) -> Gguf:
         metadata[key] = cursor.value(cursor.number("<I", f"the type of {key!r}"), f"metadata {key!r}")
     parts = metadata.get("split.count", 1)
     if parts != 1 and type(parts) is int and parts > 1:
-        raise ValueError(
-            f"{path} is one part of {parts}; merge them (llama-gguf-split --merge) and give the result"
-        )
+        raise ValueError(f"{path} is one part of {parts}; merge them (llama-gguf-split --merge) and give the result")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"{path}: general.alignment must be a power of two, got {alignment!r:.80}")
@@ -316,9 +308,7 @@ def _parse(cursor: _Cursor) -> Gguf:
         tensor = GgufTensor(name, kind, shape, path, start + offset)
         end = tensor.offset + tensor.nbytes
         if offset % alignment:
-            raise ValueError(
-                f"{path}: tensor {name!r} has the offset {offset}, not a multiple of {alignment}"
-            )
+            raise ValueError(f"{path}: tensor {name!r} has the offset {offset}, not a multiple of {alignment}")
         if end > cursor.size:
             raise ValueError(
                 f"{path} is truncated or damaged: tensor {name!r} ({kind}, {shape}) ends at byte {end}, the "

@@ -80,15 +80,13 @@ def packaged(name: str) -> pathlib.Path:
         raise ValueError(f"the package of {name!r} lacks {file}; install it again with: {install}")
     if file.stat().st_size != package.size_bytes:
         raise ValueError(
-            f"{file} has {file.stat().st_size} bytes, expected {package.size_bytes}; install it again with: "
-            f"{install}"
+            f"{file} has {file.stat().st_size} bytes, expected {package.size_bytes}; install it again with: {install}"
         )
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if not digest.startswith(package.sha256):
         raise ValueError(
-            f"the SHA-256 of {file} begins {digest[:16]}, expected {package.sha256}; install it again with: "
-            f"{install}"
+            f"the SHA-256 of {file} begins {digest[:16]}, expected {package.sha256}; install it again with: {install}"
         )
     return file.parent if package.folder else file
 

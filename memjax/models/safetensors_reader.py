@@ -153,9 +153,7 @@ def _read_header(file: pathlib.Path) -> dict[str, SafeTensor]:
                 f"that the header has {length}"
             )
         if length > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{file} claims a header of {length} bytes; the format allows {MAX_HEADER_BYTES}"
-            )
+            raise ValueError(f"{file} claims a header of {length} bytes; the format allows {MAX_HEADER_BYTES}")
         header = _parse_json(stream.read(length), f"the header of {file}")
     header.pop("__metadata__", None)
 
@@ -168,9 +166,7 @@ def _read_header(file: pathlib.Path) -> dict[str, SafeTensor]:
             raise ValueError(f"{where} must have dtype, shape and data_offsets, got {entry!r:.200}")
         kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(kind, str) or kind not in DTYPES:
-            raise ValueError(
-                f"{where} has dtype {kind!r:.40}, which is not read; known are {', '.join(DTYPES)}"
-            )
+            raise ValueError(f"{where} has dtype {kind!r:.40}, which is not read; known are {', '.join(DTYPES)}")
         if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
             raise ValueError(f"{where} has the shape {shape!r:.200}, not a list of sizes")
         if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
@@ -206,22 +202,14 @@ def _read_shards(index: pathlib.Path) -> dict[str, SafeTensor]:
     shards: dict[str, dict[str, SafeTensor]] = {}
     tensors: dict[str, SafeTensor] = {}
     for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or pathlib.PurePath(shard).name != shard
-            or not shard.endswith(".safetensors")
-        ):
-            raise ValueError(
-                f"{index} places {name!r} in {shard!r:.100}, which is not a .safetensors file beside it"
-            )
+        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} places {name!r} in {shard!r:.100}, which is not a .safetensors file beside it")
         if shard not in shards:
             file = index.parent / shard
             if not file.is_file():
                 raise ValueError(f"the shard {file} is missing; {index.name} places {name!r} in it")
             shards[shard] = _read_header(file)
         if name not in shards[shard]:
-            raise ValueError(
-                f"{index.parent / shard} has no tensor {name!r}, which {index.name} places in it"
-            )
+            raise ValueError(f"{index.parent / shard} has no tensor {name!r}, which {index.name} places in it")
         tensors[name] = shards[shard][name]
     return tensors

@@ -31,9 +31,7 @@ from memjax.models.safetensors_reader import read_json
 ROLES = ("system", "user", "assistant")
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA_3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA_3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN_2 = _LLAMA_3.replace("{1,3}", "")
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -226,14 +224,8 @@ def _from_folder(folder: pathlib.Path) -> Tokenizer:
 
     file = folder / "tokenizer.json"
     if not file.is_file():
-        others = [
-            name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()
-        ]
-        hint = (
-            f"; convert {others[0]} (in transformers: save_pretrained of the fast tokenizer)"
-            if others
-            else ""
-        )
+        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+        hint = f"; convert {others[0]} (in transformers: save_pretrained of the fast tokenizer)" if others else ""
         raise ValueError(f"{folder} has no tokenizer.json{hint}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
@@ -272,9 +264,7 @@ def _from_gguf(gguf: Gguf) -> Tokenizer:
     def get(key: str, kind: type, default: Any = None) -> Any:
         value = gguf.metadata.get(f"tokenizer.ggml.{key}", default)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(
-                f"{gguf.path}: tokenizer.ggml.{key} must be {kind.__name__}, got {type(value).__name__}"
-            )
+            raise ValueError(f"{gguf.path}: tokenizer.ggml.{key} must be {kind.__name__}, got {type(value).__name__}")
         return value
 
     model = get("model", str)

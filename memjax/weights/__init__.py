@@ -1,1 +1,34 @@
-"""placeholder"""
+"""Weight views: what stands where a dense weight stood, and `lift`, which lets any function take them."""
+
+from memjax.core.bytes import nbytes
+from memjax.core.views import Axes, WeightView, is_view, materialize
+from memjax.weights.adapted import Adapted, Delta, LowRank
+from memjax.weights.dense import Dense
+from memjax.weights.io import load, save
+from memjax.weights.lift import lift
+from memjax.weights.packed import PackedWeight
+from memjax.weights.quantize import LeafReport, Report, astype, axes_of, infer_axes, quantize, report, sharding
+
+__all__ = [
+    "Adapted",
+    "Axes",
+    "Delta",
+    "Dense",
+    "LeafReport",
+    "LowRank",
+    "PackedWeight",
+    "Report",
+    "WeightView",
+    "astype",
+    "axes_of",
+    "infer_axes",
+    "is_view",
+    "lift",
+    "load",
+    "materialize",
+    "nbytes",
+    "quantize",
+    "report",
+    "save",
+    "sharding",
+]

@@ -52,7 +52,7 @@ class LowRank(Delta):
       b: ``[*batch, r, *outputs]``.
       scale: factor of the product.
       dropout: probability with which an input element is dropped in forward products, if there is a key.
-      key: uint32 ``[*batch, 2]`` raw key data, or None for no dropout.
+      key: uint32 ``[*batch, 2]`` key words, or None for no dropout.
     """
 
     a: jax.Array
@@ -64,7 +64,7 @@ class LowRank(Delta):
     def _batch_ndim(self, axes: Axes) -> int:
         return self.a.ndim - len(axes.inputs) - 1
 
-    def dot(self, x, axes, *, transpose, dtype, **settings):
+    def dot(self, x: jax.Array, axes: Axes, *, transpose: bool, dtype: Any, **settings: Any) -> jax.Array:
         n = self._batch_ndim(axes)
         if self.key is not None and self.dropout and not transpose:
             x = _drop(x, self.key, self.dropout, n)
@@ -83,7 +83,7 @@ class LowRank(Delta):
             (dtype,),
         )
 
-    def take(self, indices, axes, *, axis, dtype):
+    def take(self, indices: jax.Array, axes: Axes, *, axis: int, dtype: Any) -> jax.Array:
         if (axis,) == axes.inputs:
             rows = jnp.take(self.a, indices, axis=0, mode="clip").astype(dtype)
             y = product(rows, self.b.astype(dtype), contract=(-1 - len(axes.outputs),), batch_ndim=0)
@@ -95,7 +95,9 @@ class LowRank(Delta):
             rest = axes.inputs
         return in_order(y, rest, tuple(sorted(rest))) * jnp.asarray(self.scale, dtype)
 
-    def conv(self, x, axes, *, permutation, dtype, params):
+    def conv(
+        self, x: jax.Array, axes: Axes, *, permutation: tuple[int, ...], dtype: Any, params: dict[str, Any]
+    ) -> jax.Array:
         """Convolves with ``a`` (r features per group), then mixes the r features pointwise with ``b``."""
         numbers, groups = params["dimension_numbers"], params["feature_group_count"]
         rank, features = self.b.shape
@@ -109,7 +111,7 @@ class LowRank(Delta):
         y = jnp.einsum("...gr,rgf->...gf", h, b, precision=params["precision"])
         return jnp.moveaxis(y.reshape(*y.shape[:-2], features), -1, channel)
 
-    def materialize(self, axes):
+    def materialize(self, axes: Axes) -> jax.Array:
         n = self._batch_ndim(axes)
         delta = product(
             self.a.astype(jnp.float32),
@@ -121,21 +123,21 @@ class LowRank(Delta):
         stored = axes.inputs + axes.outputs
         return in_order(delta, stored, tuple(sorted(stored))) * self.scale
 
-    def specs(self, spec, axes):
+    def specs(self, spec: tuple[Any, ...], axes: Axes) -> Any:
         batch = spec[: len(spec) - axes.ndim]
-        return replace(
-            self,
-            a=PartitionSpec(*batch, *(spec[axis] for axis in axes.inputs), None),
-            b=PartitionSpec(*batch, None, *(spec[axis] for axis in axes.outputs)),
-            key=None if self.key is None else PartitionSpec(*batch, None),
-        )
+        specs: dict[str, Any] = {
+            "a": PartitionSpec(*batch, *(spec[axis] for axis in axes.inputs), None),
+            "b": PartitionSpec(*batch, None, *(spec[axis] for axis in axes.outputs)),
+            "key": None if self.key is None else PartitionSpec(*batch, None),
+        }
+        return replace(self, **specs)
 
 
 def _drop(x: jax.Array, key: jax.Array, rate: float, batch_ndim: int) -> jax.Array:
     """Drops elements of ``x`` and scales the rest by 1 / (1 - rate); one key per batch index."""
 
     def one(x: jax.Array, key: jax.Array) -> jax.Array:
-        keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+        keep = jax.random.bernoulli(jax.random.wrap_key_data(key, impl="threefry2x32"), 1 - rate, x.shape)
         return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
     for _ in range(batch_ndim):
@@ -161,49 +163,55 @@ class Adapted(WeightView):
         return self.base.axes
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.base.dtype
 
     def _dtype(self, casts: tuple[Any, ...]) -> Any:
         return jnp.dtype(casts[-1]) if casts else self.dtype
 
-    def dot(self, x, *, transpose=False, casts=(), precision=None, preferred_element_type=None):
+    def dot(
+        self,
+        x: jax.Array,
+        *,
+        transpose: bool = False,
+        casts: tuple[Any, ...] = (),
+        precision: Any = None,
+        preferred_element_type: Any = None,
+    ) -> jax.Array:
         settings = {"precision": precision, "preferred_element_type": preferred_element_type}
         y = self.base.dot(x, transpose=transpose, casts=casts, **settings)
         for delta in self.deltas:
             y = y + delta.dot(x, self.axes, transpose=transpose, dtype=self._dtype(casts), **settings).astype(y.dtype)
         return y
 
-    def take(self, indices, *, axis, casts=()):
+    def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         y = self.base.take(indices, axis=axis, casts=casts)
         for delta in self.deltas:
             y = y + delta.take(indices, self.axes, axis=axis, dtype=self._dtype(casts)).astype(y.dtype)
         return y
 
-    def conv(self, x, *, permutation, casts, params):
+    def conv(
+        self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
+    ) -> jax.Array:
         y = self.base.conv(x, permutation=permutation, casts=casts, params=params)
         for delta in self.deltas:
             dtype = self._dtype(casts)
             y = y + delta.conv(x, self.axes, permutation=permutation, dtype=dtype, params=params).astype(y.dtype)
         return y
 
-    def materialize(self):
-        dense = self.base.materialize()
-        total = dense.astype(jnp.float32)
+    def materialize(self) -> jax.Array:
+        total = self.base.astype(jnp.float32).materialize()
         for delta in self.deltas:
             total = total + delta.materialize(self.axes)
-        return total.astype(dense.dtype)
+        return total.astype(self.dtype)
 
-    def astype(self, dtype):
+    def astype(self, dtype: Any) -> Adapted:
         return replace(self, base=self.base.astype(dtype))
 
-    def specs(self, spec):
-        return replace(
-            self,
-            base=self.base.specs(spec),
-            deltas=tuple(delta.specs(spec, self.axes) for delta in self.deltas),
-        )
+    def specs(self, spec: tuple[Any, ...]) -> Any:
+        deltas = tuple(delta.specs(spec, self.axes) for delta in self.deltas)
+        return replace(self, base=self.base.specs(spec), deltas=deltas)

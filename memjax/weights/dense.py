@@ -82,7 +82,15 @@ class Dense(WeightView):
     def dtype(self) -> Any:
         return self.array.dtype
 
-    def dot(self, x, *, transpose=False, casts=(), precision=None, preferred_element_type=None):
+    def dot(
+        self,
+        x: jax.Array,
+        *,
+        transpose: bool = False,
+        casts: tuple[Any, ...] = (),
+        precision: Any = None,
+        preferred_element_type: Any = None,
+    ) -> jax.Array:
         into, out_of = (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
         y = casting(
             functools.partial(
@@ -98,22 +106,25 @@ class Dense(WeightView):
         )
         return in_order(y, tuple(sorted(out_of)), out_of)
 
-    def take(self, indices, *, axis, casts=()):
+    def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         rows = cast_chain(jnp.take(self.array, indices.reshape(-1), axis=axis, mode="clip"), casts)
         rows = jnp.moveaxis(rows, axis, 0)
         return rows.reshape(indices.shape + rows.shape[1:])
 
-    def conv(self, x, *, permutation, casts, params):
+    def conv(
+        self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
+    ) -> jax.Array:
         def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
             return lax.conv_general_dilated_p.bind(x, w.transpose([axis % w.ndim for axis in permutation]), **params)
 
         return casting(convolve, x, self.array, casts)
 
-    def materialize(self):
+    def materialize(self) -> jax.Array:
         return self.array
 
-    def astype(self, dtype):
+    def astype(self, dtype: Any) -> Dense:
         return replace(self, array=self.array.astype(dtype))
 
-    def specs(self, spec):
-        return replace(self, array=PartitionSpec(*spec))
+    def specs(self, spec: tuple[Any, ...]) -> Any:
+        specs: dict[str, Any] = {"array": PartitionSpec(*spec)}
+        return replace(self, **specs)

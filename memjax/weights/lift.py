@@ -169,7 +169,7 @@ def _transpose(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
 
 
 def _reshape(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
-    return [values[0].reshape(eqn.outvars[0].aval.shape)]
+    return [values[0].reshape(jaxpr_compat.out_shape(eqn))]
 
 
 def _squeeze(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -442,7 +442,7 @@ def _shard_map(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     permutations = [v.permutation() if isinstance(v, Arranged) else None for v in values]
     views = [v.view if isinstance(v, Arranged) else v for v in values]
 
-    def body(*local: Any) -> list[Any]:
+    def body(*local: Any) -> tuple[Any, ...]:
         rebuilt = []
         for value, outer, permutation in zip(local, values, permutations):
             if permutation is not None:

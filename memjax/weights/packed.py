@@ -32,17 +32,23 @@ class PackedWeight(WeightView):
     axes: Axes
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.packed.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.packed.dtype
 
-    def dot(self, x, *, transpose=False, casts=(), precision=None, preferred_element_type=None):
-        into, out_of = (
-            (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
-        )
+    def dot(
+        self,
+        x: jax.Array,
+        *,
+        transpose: bool = False,
+        casts: tuple[Any, ...] = (),
+        precision: Any = None,
+        preferred_element_type: Any = None,
+    ) -> jax.Array:
+        into, out_of = (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
         multiply = functools.partial(
             product,
             contract=into,
@@ -53,23 +59,25 @@ class PackedWeight(WeightView):
         y = _linear(multiply, x, self.packed, casts)
         return in_order(y, tuple(sorted(out_of)), out_of)
 
-    def take(self, indices, *, axis, casts=()):
+    def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         rows = jnp.moveaxis(self.packed.take(indices.reshape(-1), axis), axis, 0)
         return cast_chain(rows.reshape(indices.shape + rows.shape[1:]), casts)
 
-    def conv(self, x, *, permutation, casts, params):
+    def conv(
+        self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
+    ) -> jax.Array:
         def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
             return lax.conv_general_dilated_p.bind(x, w.transpose([axis % w.ndim for axis in permutation]), **params)
 
         return _linear(convolve, x, self.packed, casts)
 
-    def materialize(self):
+    def materialize(self) -> jax.Array:
         return self.packed.decode()
 
-    def astype(self, dtype):
+    def astype(self, dtype: Any) -> PackedWeight:
         return replace(self, packed=self.packed.astype(dtype))
 
-    def specs(self, spec):
+    def specs(self, spec: tuple[Any, ...]) -> Any:
         return replace(self, packed=jax.tree.map(lambda leaf: PartitionSpec(*spec), self.packed))
 
 

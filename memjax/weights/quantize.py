@@ -110,7 +110,7 @@ def _axes_from(path: str, use: Usage, ndim: int) -> Axes:
     if len(seen) > 1:
         raise ValueError(f"{path}: the function contracts this weight along different axes: {products}; give axes=")
     if use.lookups:
-        inputs = (use.lookups[0],)
+        inputs: tuple[int, ...] = (use.lookups[0],)
         others = {axis for pair in products[:1] for group in pair for axis in group} or set(range(-ndim, 0))
         outputs = tuple(sorted(others - set(inputs)))
     else:

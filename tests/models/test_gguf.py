@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from memjax import codecs
 from memjax.models.gguf import KINDS, TYPE_NAMES, read_gguf
 from tests.models.weights import smollm2_path
 
@@ -38,9 +39,7 @@ def entry(name="a", sizes=(32, 2), kind="Q8_0", offset=0):
     return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, number, offset)
 
 
-def file_of(
-    keys=(), entries=(), data=b"", magic=b"GGUF", version=3, key_count=None, tensor_count=None, align=32
-):
+def file_of(keys=(), entries=(), data=b"", magic=b"GGUF", version=3, key_count=None, tensor_count=None, align=32):
     head = magic + struct.pack(
         "<IQQ",
         version,
@@ -121,6 +120,15 @@ def test_decodes_exactly_as_the_gguf_package(tmp_path, kind):
     assert got.dtype == np.float32 and got.shape == (2, 3, 512)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(tensor.decode(ml_dtypes.bfloat16), want.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_raw_blocks_are_what_the_codecs_take(tmp_path, kind):
+    path, _ = every_kind(tmp_path)
+    tensor = read_gguf(path).tensors[f"t.{kind}"]
+    packed = codecs.from_gguf(kind, tensor.raw(), (6, 512))
+    np.testing.assert_allclose(packed.decode(np.float32), tensor.decode().reshape(6, 512), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(codecs.to_gguf(packed), tensor.raw())
 
 
 def test_decodes_in_pieces(tmp_path, monkeypatch):

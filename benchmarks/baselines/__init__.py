@@ -1,0 +1,1 @@
+"""What memjax is compared with; nothing here imports memjax."""
