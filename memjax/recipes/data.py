@@ -18,15 +18,13 @@ PACKAGED = {"kjv": "kjv.txt"}
 
 
 class Tokenizer(Protocol):
-    """What the data code needs of a tokenizer; `memjax.models` tokenizers have it."""
+    """What the data code needs of a tokenizer; those of `memjax.models` have it."""
 
-    eos: int | None
+    eos_id: int | None
 
-    def encode(self, text: str) -> Sequence[int]: ...
+    def encode(self, text: str, special_tokens: bool = ...) -> list[int]: ...
 
-    def chat(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = ...
-    ) -> Sequence[int]: ...
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]: ...
 
 
 class Windows(NamedTuple):
@@ -115,8 +113,8 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Example]:
     """Reads and tokenizes a .jsonl file with ``prompt`` and ``completion``, or ``messages``, on every line.
 
     A prompt and its completion are tokenized apart, so the border between them is exact, and the tokenizer's
-    end token, if any, ends the completion. Of messages, what the chat template writes for the assistant is
-    trained on.
+    end token, if any, ends the completion. Of messages, what the tokenizer's ``chat`` marks as the
+    assistant's is trained on.
 
     Raises:
       ValueError: an empty file, a line that is not a JSON object, or keys that are missing or of the wrong
@@ -134,14 +132,21 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Example]:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
         if "messages" in record:
-            tokens, trained = _encode_messages(record["messages"], tokenizer, where)
+            if not isinstance(record["messages"], list) or not all(
+                isinstance(message, dict) for message in record["messages"]
+            ):
+                raise ValueError(f"{where}: 'messages' must be a list of objects")
+            try:
+                tokens, trained = tokenizer.chat(record["messages"])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         elif {"prompt", "completion"} <= record.keys():
             for key in ("prompt", "completion"):
                 if not isinstance(record[key], str):
                     raise ValueError(f"{where}: {key!r} must be a string, got {type(record[key]).__name__}")
-            prompt = list(tokenizer.encode(record["prompt"]))
-            completion = list(tokenizer.encode(record["completion"]))
-            completion += [] if tokenizer.eos is None else [tokenizer.eos]
+            prompt = tokenizer.encode(record["prompt"])
+            completion = tokenizer.encode(record["completion"], special_tokens=False)
+            completion = completion + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
             tokens, trained = prompt + completion, [False] * len(prompt) + [True] * len(completion)
         else:
             keys = ", ".join(map(repr, record)) or "none"
@@ -153,36 +158,6 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Example]:
             raise ValueError(f"{where}: no completion to train on")
         examples.append(Example(np.asarray(tokens, np.int32), np.asarray(trained, bool), number))
     return examples
-
-
-def _encode_messages(messages: Any, tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list of at least one message")
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise ValueError(
-                f"{where}: a message needs the strings 'role' and 'content', got {message!r:.80}"
-            )
-    tokens: list[int] = []
-    trained: list[bool] = []
-    for i, message in enumerate(messages):
-        # What the template adds for a message; for the assistant, the opening that it is prompted with is not
-        # trained.
-        stages = [(messages[: i + 1], False)]
-        if message["role"] == "assistant":
-            stages.insert(0, (messages[:i], True))
-        for part, prompting in stages:
-            full = list(tokenizer.chat(part, add_generation_prompt=prompting)) if part else []
-            if full[: len(tokens)] != tokens:
-                raise ValueError(
-                    f"{where}: the chat template rewrites earlier messages when message {i + 1} is added, so "
-                    "the completions cannot be told apart; use 'prompt' and 'completion'"
-                )
-            trained += [message["role"] == "assistant" and not prompting] * (len(full) - len(tokens))
-            tokens = full
-    return tokens, trained
 
 
 def pack(examples: Iterable[Example], seq: int, too_long: TooLong = "error") -> Windows:
@@ -256,7 +231,7 @@ def load(
 
     Args:
       data: a file, or the name of a packaged corpus.
-      tokenizer: has ``encode``, ``eos`` and, for messages, ``chat``.
+      tokenizer: see `Tokenizer`.
       seq: tokens per window, ``S``.
       context: the longest sequence that the model takes.
       held_out: fraction in (0, 1).
@@ -284,8 +259,8 @@ def load(
         raise ValueError(f"{path} has the suffix {path.suffix!r}; .txt and .jsonl are known")
     train, test = split_text(_read(path), held_out)
     return (
-        text_windows(tokenizer.encode(train), seq, f"the training part of {path}"),
-        text_windows(tokenizer.encode(test), seq, f"the held-out part of {path}"),
+        text_windows(tokenizer.encode(train, special_tokens=False), seq, f"the training part of {path}"),
+        text_windows(tokenizer.encode(test, special_tokens=False), seq, f"the held-out part of {path}"),
     )
 
 
