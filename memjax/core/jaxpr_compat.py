@@ -50,13 +50,24 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Any]:
     return jax.make_jaxpr(fn, return_shape=True)(*args)
 
 
-def abstract_like(shape: tuple[int, ...], dtype: Any, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
-    """Returns an abstract array that varies over every manual mesh axis over which a leaf does."""
-    varying: frozenset[str] = frozenset()
+def _varying(leaves: Sequence[Any]) -> frozenset[str]:
+    names: frozenset[str] = frozenset()
     for leaf in leaves:
         kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
-        varying |= frozenset(getattr(kind, "varying", ()) or ())
+        names |= frozenset(getattr(kind, "varying", None) or ())
+    return names
+
+
+def abstract_like(shape: tuple[int, ...], dtype: Any, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    """Returns an abstract array that varies over every manual mesh axis over which a leaf does."""
+    varying = _varying(leaves)
     return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+
+
+def vary_like(x: jax.Array, leaves: Sequence[Any]) -> jax.Array:
+    """Returns ``x`` marked as varying over every manual mesh axis over which a leaf does (its transpose sums)."""
+    missing = tuple(sorted(_varying(leaves) - _varying([x])))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def consts_of(jaxpr: Jaxpr) -> list[Any]:

@@ -61,6 +61,11 @@ def lift(fn: Callable[..., Any], *, allow_dense: bool = False) -> Callable[..., 
     return _lift(fn, _Mode(allow_dense))
 
 
+def lift_and_record(fn: Callable[..., Any], usage: dict[str, Usage]) -> Callable[..., Any]:
+    """Returns ``fn`` such that calling it records in ``usage`` how each weight view is consumed, by logical path."""
+    return _lift(fn, _Mode(allow_dense=True, usage=usage))
+
+
 def _lift(fn: Callable[..., Any], mode: _Mode) -> Callable[..., Any]:
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
