@@ -16,7 +16,9 @@ TINY = finetune.TINY
 JAX_STACKS = ("plain_jax", "memjax", "memjax_int4")
 
 
-@pytest.mark.parametrize("stack", finetune.STACKS)
+@pytest.mark.parametrize(
+    "stack", [pytest.param(stack, marks=[pytest.mark.smoke] * (stack == "memjax")) for stack in finetune.STACKS]
+)
 def test_case_runs_and_learns(stack, monkeypatch):
     if stack == "peft":
         for package in ("torch", "transformers", "peft"):
