@@ -81,6 +81,7 @@ class LowRank(Delta):
             (h * self.scale).astype(x.dtype),
             second,
             (dtype,),
+            barrier=False,
         )
 
     def take(self, indices: jax.Array, axes: Axes, *, axis: int, dtype: Any) -> jax.Array:
