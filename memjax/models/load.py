@@ -7,7 +7,6 @@ holds little more than the result and one leaf.
 from __future__ import annotations
 
 import fnmatch
-import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ from memjax.models.model import Config, Model, abstract
 from memjax.models.packages import resolve
 from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
 from memjax.models.tokenizer import load_tokenizer
-from memjax.weights.packed import PackedWeight
+from memjax.weights import PackedWeight
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
@@ -91,8 +90,8 @@ def load(
         names = [source.name.format(i) for i in range(leaf.shape[0])] if stacked else [source.name]
         tensors = [checkpoint.tensors[name] for name in names]
         if leaf_path in packed:
-            encode = _encoder(weights, leaf.dtype)
-            return PackedWeight(_fill(lambda i: encode(_dense(tensors[i], source)), len(tensors), stacked), Axes())
+            codes = _fill(lambda i: _encode(weights, tensors[i], source, leaf_path), len(tensors), stacked)
+            return PackedWeight(codes.astype(leaf.dtype), Axes())
         if weights == "keep" and len(leaf.shape) == 2 + stacked and _keeps(leaf_path, tensors):
             axes = Axes() if source.transpose else Axes(inputs=(-1,), outputs=(-2,))
             packed_leaf = _fill(lambda i: _packed(tensors[i], source), len(tensors), stacked)
@@ -194,9 +193,12 @@ def _keeps(path: str, tensors: list[Tensor]) -> bool:
     return len(kinds) == 1 and kinds <= set(PACKED_KINDS)
 
 
-def _encoder(codec: Any, dtype: Any) -> Callable[[np.ndarray], codecs.Packed]:
-    encode = jax.jit(functools.partial(codec.encode, axes=(-2,)))
-    return lambda values: encode(np.asarray(values, np.float32)).astype(dtype)
+def _encode(codec: codecs.Codec, tensor: Tensor, source: Source, path: str) -> codecs.Packed:
+    """Returns the tensor in the layout of its leaf, packed by ``codec``."""
+    try:
+        return codec.encode(jnp.asarray(_dense(tensor, source), jnp.float32), (-2,))
+    except ValueError as problem:
+        raise ValueError(f"{path} (tensor {tensor.name!r}): {problem}") from None
 
 
 def _fill(part: Callable[[int], Any], count: int, stacked: bool, dtype: Any = None) -> Any:
