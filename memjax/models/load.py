@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax import codecs
-from memjax.core.paths import leaf_paths, map_with_path, select
+from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
 from memjax.core.views import Axes
 from memjax.models import bert, llama
 from memjax.models.gguf import GgufTensor, read_gguf
@@ -56,7 +56,7 @@ def load(
     *,
     dtype: str = "bfloat16",
     weights: Any = "keep",
-    targets: str | Iterable[str] = "**/*_proj/kernel",
+    targets: Patterns = "**/*_proj/kernel",
 ) -> Model:
     """Loads a pretrained model.
 
@@ -65,7 +65,7 @@ def load(
       dtype: "float32" or "bfloat16"; dtype of dense leaves, and the logical dtype of packed ones.
       weights: "keep" leaves the packed tensors of a GGUF file packed, as weight views; "dense" decodes them; a codec
         packs the leaves of ``targets`` while they are read, one layer at a time.
-      targets: patterns of the leaves that a codec packs.
+      targets: pattern or patterns of the leaves that a codec packs.
 
     Returns:
       The model; leaves stacked over layers have a leading layer axis.
@@ -173,8 +173,9 @@ def _dense(tensor: Tensor, source: Source) -> np.ndarray:
     return values.T if source.transpose else values
 
 
-def _packed(tensor: GgufTensor, source: Source) -> codecs.Packed:
+def _packed(tensor: Tensor, source: Source) -> codecs.Packed:
     """Returns the tensor in the layout of its leaf, still in the file's codes."""
+    assert isinstance(tensor, GgufTensor)  # `_keeps` said so
     packed = codecs.from_gguf(tensor.kind, tensor.raw(), tensor.shape)
     if source.rotary_heads:
         packed = jax.tree.map(lambda leaf: _half_split(np.asarray(leaf), source.rotary_heads), packed)
