@@ -274,3 +274,10 @@ def test_missing_gguf_keys_are_named():
 def test_the_reference_files_are_small():
     assert all(sum(file.stat().st_size for file in folder.iterdir()) < 1e6 for folder in FOLDER.iterdir())
     assert reference("bert")["mask"].min() == 0
+
+
+def test_a_folder_with_a_tokenizer():
+    tokenizer = checkpoint("llama_bytes").tokenizer
+    ids = tokenizer.encode("Grüße, world")
+    assert len(ids) == len("Grüße, world".encode()) and max(ids) < 259 <= checkpoint("llama_bytes").config.vocab_size
+    assert tokenizer.decode(ids) == "Grüße, world" and tokenizer.eos_id == 0 and tokenizer.chat_style == "chatml"
