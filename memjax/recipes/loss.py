@@ -16,10 +16,10 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the negative log likelihoods of ``labels`` under ``softmax(hidden @ head)``.
 
-    The gradient is taken chunk by chunk in the forward pass, so a chunk's logits are computed once and dropped, and
-    backward only scales what forward kept: one array like ``hidden``, and one like ``head`` if the head is trained.
-    Logits and the log-sum-exp are float32; the gradient's products run in the dtype of ``hidden``. Under
-    `memjax.lift` the head may be a weight view, packed or adapted.
+    The gradient is taken chunk by chunk in the forward pass, so a chunk's logits are computed once and
+    dropped, and backward only scales what forward kept: one array like ``hidden``, and one like ``head`` if
+    the head is trained. Logits and the log-sum-exp are float32; the gradient's products run in the dtype of
+    ``hidden``. Under `memjax.lift` the head may be a weight view, packed or adapted.
 
     Args:
       hidden: ``[B, S, D]``, float.
