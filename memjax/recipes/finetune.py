@@ -28,7 +28,7 @@ from memjax.weights import lift
 Format = Literal["keep", "dense", "int4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 # Settings that may change on resume: they say where things are and how often, and change no number.
-FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens")
+FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens", "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class FinetuneSettings:
       out: folder for results; by default runs/MODEL-ADAPTER.
       prompt: start of the samples; by default the start of the held-out data.
       sample_tokens: tokens of each sample.
+      temperature: of the samples; 0 takes the most probable token.
     """
 
     model: str
@@ -102,6 +103,7 @@ class FinetuneSettings:
     out: str | None = None
     prompt: str | None = None
     sample_tokens: int = 40
+    temperature: float = 0.7
 
 
 class FinetuneResult(NamedTuple):
@@ -113,6 +115,7 @@ class FinetuneResult(NamedTuple):
     before: Evaluation
     after: Evaluation
     report: ByteReport
+    prompt: str  # of the samples
     sample_before: str
     sample_after: str
     tokens_per_second: float  # of the training steps of this process, without compiling
@@ -227,12 +230,25 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         console.print(f"step {steps}: held-out loss {result.nll:.4f}, perplexity {result.perplexity:.2f}")
 
     prompt = _prompt(settings, model, held_out)
+
+    def sample(theta: Any) -> str:
+        return continue_tokens(
+            model,
+            adapter.attach(frozen, theta),
+            prompt,
+            settings.sample_tokens,
+            temperature=settings.temperature,
+            key=jax.random.key(settings.seed),
+        )
+
     console.print(
         f"{settings.model}: {nbytes(frozen) / 2**20:.1f} MiB frozen, {nbytes(state.theta) / 2**20:.2f} MiB trained; "
         f"{len(train.inputs)} training windows of {settings.seq} tokens"
     )
-    evaluate_at(0, state.theta if done == 0 else new_theta())
-    sample_before = continue_tokens(model, frozen, prompt, settings.sample_tokens)
+    start = new_theta() if done else state.theta
+    evaluate_at(0, start)
+    sample_before = sample(start)
+    del start
 
     loss = make_loss(model, adapter, settings, dropout=True)
     step = make_step(loss, tx, accumulate=settings.accumulate, seed=settings.seed)
@@ -263,7 +279,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
     checkpoints.close()
     adapter.save(out / "adapter", state.theta)
-    sample_after = continue_tokens(model, adapter.attach(frozen, state.theta), prompt, settings.sample_tokens)
+    sample_after = sample(state.theta)
     before, after = (Evaluation(evaluations[at]["nll"], evaluations[at]["tokens"]) for at in (0, settings.steps))
     losses = [row["loss"] for row in read_metrics(metrics_log.path)]
     result = FinetuneResult(
@@ -273,6 +289,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         before,
         after,
         report,
+        model.tokenizer.decode(prompt),
         sample_before,
         sample_after,
         tokens / seconds if seconds else 0.0,
@@ -333,7 +350,7 @@ def _write(result: FinetuneResult, settings: dict[str, Any], held_out: list[tupl
         "jax": jax.__version__,
     }
     (result.out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    samples = {"before": result.sample_before, "after": result.sample_after}
+    samples = {"prompt": result.prompt, "before": result.sample_before, "after": result.sample_after}
     (result.out / "samples.json").write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
     title = f"{Path(settings['model']).name}, {settings['adapter']} rank {settings['rank']}, on {settings['data']}"
     plot_run(result.out / "report.png", result.losses, sorted(held_out), result.report, title)
@@ -346,8 +363,9 @@ def _show(result: FinetuneResult, console: Console) -> None:
         f"held-out loss {before.nll:.4f} -> {after.nll:.4f} nats ({after.nll - before.nll:+.4f}), "
         f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
     )
-    for name, text in (("before", result.sample_before), ("after", result.sample_after)):
-        console.print(f"[bold]sample {name}[/bold]", end=" ")
+    texts = {"prompt": result.prompt, "before": result.sample_before, "after": result.sample_after}
+    for name, text in texts.items():
+        console.print(f"[bold]{name}:[/bold]", end=" ")
         console.print(text.strip(), markup=False, highlight=False)
     console.print(
         f"{result.tokens_per_second:,.0f} tokens/s while training, {result.seconds:.0f} s in all; files in {result.out}"
