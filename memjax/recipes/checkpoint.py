@@ -98,9 +98,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                return self._manager.restore(
-                    step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())
-                ).settings
+                return self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
             except Exception as error:
                 warnings.warn(f"skipped a checkpoint that does not load: step {step}: {error}", stacklevel=2)
         raise ValueError(f"no checkpoint in {self.folder}")
@@ -133,9 +131,7 @@ class MetricsLog:
     def __init__(self, path: str | Path, steps_done: int = 0) -> None:
         """Opens the log and drops what it holds of steps from ``steps_done`` on."""
         self.path = Path(path)
-        rows = (
-            [row for row in read_metrics(self.path) if row["step"] < steps_done] if self.path.exists() else []
-        )
+        rows = [row for row in read_metrics(self.path) if row["step"] < steps_done] if self.path.exists() else []
         replacement = self.path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(replacement, self.path)

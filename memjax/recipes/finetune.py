@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memjax import adapters, codecs, models
 from memjax.core.bytes import compiled_bytes, nbytes
@@ -20,7 +16,6 @@ from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.loss import chunked_cross_entropy
-from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, llama_activation_bytes
 from memjax.recipes.train import LossFn, Schedule, check_finite, init_state, make_optimizer, make_step
 from memjax.weights import lift
@@ -133,9 +128,8 @@ def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, 
 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
-        return chunked_cross_entropy(
-            hidden, model.head(params), batch.targets, batch.weights, chunk=settings.chunk
-        )
+        weight, axis = model.head(params)
+        return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis, chunk=settings.chunk)
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lift(nll)(adapter.attach(frozen, theta, key if dropout else None), batch)
@@ -165,8 +159,12 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
     tx = make_optimizer(
-        settings.lr, settings.steps, schedule=settings.schedule, warmup=settings.warmup,
-        weight_decay=settings.weight_decay, clip=settings.clip,
+        settings.lr,
+        settings.steps,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
     )
     model = load_model(settings.model, settings.format, settings.group, settings.dtype)
     if model.kind != "causal":
@@ -174,14 +172,19 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     if model.tokenizer is None:
         raise ValueError(f"{settings.model} has no tokenizer, which the data needs")
     train, held_out = data_.load(
-        settings.data, model.tokenizer, settings.seq, context=model.config.max_positions,
-        held_out=settings.held_out, too_long=settings.too_long,
+        settings.data,
+        model.tokenizer,
+        settings.seq,
+        context=model.config.max_positions,
+        held_out=settings.held_out,
+        too_long=settings.too_long,
     )
     held_out = data_.take(held_out, slice(settings.eval_windows))
     loader = data_.Loader(train, settings.batch, settings.seed)
     alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
     adapter = adapters.lora(rank=settings.rank, alpha=alpha, targets=settings.targets, dropout=settings.dropout)
     frozen = model.params
+
     # A function, because a training step donates its state.
     def new_theta() -> Any:
         return adapter.init(jax.random.key(settings.seed), frozen)
@@ -253,8 +256,12 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         state,
         compiled_bytes(compiled),
         llama_activation_bytes(
-            model.config, settings.batch // settings.accumulate, settings.seq, frozen["norm"]["scale"].dtype,
-            remat=settings.remat, chunk=settings.chunk,
+            model.config,
+            settings.batch // settings.accumulate,
+            settings.seq,
+            frozen["norm"]["scale"].dtype,
+            remat=settings.remat,
+            chunk=settings.chunk,
         ),
         settings.accumulate,
     )
@@ -264,8 +271,16 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     before, after = (Evaluation(evaluations[at]["nll"], evaluations[at]["tokens"]) for at in (0, settings.steps))
     losses = [row["loss"] for row in read_metrics(metrics_log.path)]
     result = FinetuneResult(
-        out, state.theta, losses, before, after, report, sample_before, sample_after,
-        tokens / seconds if seconds else 0.0, time.monotonic() - started,
+        out,
+        state.theta,
+        losses,
+        before,
+        after,
+        report,
+        sample_before,
+        sample_after,
+        tokens / seconds if seconds else 0.0,
+        time.monotonic() - started,
     )
     _write(result, recorded, [(row["step"], row["nll"]) for row in evaluations.values()])
     _show(result, console)

@@ -50,7 +50,12 @@ def _loss(axes: Axes, losses: Sequence[float], held_out: Sequence[tuple[int, flo
     axes.plot(*zip(*held_out), color=_ORANGE, marker="o", markersize=5, linewidth=1.6, label="held out")
     for (step, nll), offset in ((held_out[0], (8, 6)), (held_out[-1], (-4, 8))):
         axes.annotate(
-            f"{nll:.3f}", (step, nll), xytext=offset, textcoords="offset points", fontsize=8, color=_ORANGE,
+            f"{nll:.3f}",
+            (step, nll),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=8,
+            color=_ORANGE,
             ha="left" if step == held_out[0][0] else "right",
         )
     axes.set_xlabel("step", color=_INK, fontsize=9)

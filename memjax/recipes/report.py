@@ -134,7 +134,12 @@ def leaf_table(params: Any, title: str) -> Table:
     for path, leaf in leaves:
         size, count = leaf.size, nbytes(leaf)
         table.add_row(
-            path, format_of(leaf), " x ".join(map(str, leaf.shape)), f"{size:,}", human(count), f"{8 * count / size:.2f}"
+            path,
+            format_of(leaf),
+            " x ".join(map(str, leaf.shape)),
+            f"{size:,}",
+            human(count),
+            f"{8 * count / size:.2f}",
         )
     size, count = sum(leaf.size for _, leaf in leaves), nbytes(params)
     table.add_section()
