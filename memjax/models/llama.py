@@ -359,6 +359,13 @@ class Llama(nnx.Module):
         return jax.lax.dot_general(hidden, weight.astype(hidden.dtype), contraction, preferred_element_type=jnp.float32)
 
 
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
