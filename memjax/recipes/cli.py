@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from memjax.recipes.checkpoint import Checkpoints
-from memjax.recipes.finetune import Dtype, FinetuneSettings, Format, finetune, load_model
-from memjax.recipes.generate_text import generate_text
+from memjax.recipes.finetuning import Dtype, FinetuneSettings, Format, finetune, load_model
+from memjax.recipes.generation import generate_text
 from memjax.recipes.report import leaf_table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +13,27 @@ from memjax.core import operation, register_rule
 
 
 def chunked_cross_entropy(
-    hidden: jax.Array, head: Any, labels: jax.Array, weights: jax.Array | None = None, *, chunk: int = 1024
+    hidden: jax.Array,
+    head: Any,
+    labels: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    head_axis: int = 0,
+    chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the negative log likelihoods of ``labels`` under ``softmax(hidden @ head)``.
 
-    The gradient is taken chunk by chunk in the forward pass, so a chunk's logits are computed once and
-    dropped, and backward only scales what forward kept: one array like ``hidden``, and one like ``head`` if
-    the head is trained. Logits and the log-sum-exp are float32; the gradient's products run in the dtype of
-    ``hidden``. Under `memjax.lift` the head may be a weight view, packed or adapted.
+    The gradient is taken chunk by chunk in the forward pass, so a chunk's logits are computed once and dropped, and
+    backward only scales what forward kept: one array like ``hidden``, and one like ``head`` if the head is trained.
+    Logits and the log-sum-exp are float32; the gradient's products run in the dtype of ``hidden``. Under
+    `memjax.lift` the head may be a weight view, packed or adapted.
 
     Args:
       hidden: ``[B, S, D]``, float.
-      head: ``[D, V]``, float.
+      head: ``[D, V]`` or ``[V, D]``, float; give a tied embedding as it is stored, for a transposed one is a copy.
       labels: int32 ``[B, S]``.
       weights: float32 ``[B, S]``, 0 where a label does not count; None counts all.
+      head_axis: the axis of ``head`` of size D, 0 or 1.
       chunk: tokens per chunk.
 
     Returns:
@@ -36,9 +44,9 @@ def chunked_cross_entropy(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    if hidden.shape[:-1] != labels.shape or head.shape[0] != hidden.shape[-1]:
+    if hidden.shape[:-1] != labels.shape or head.shape[head_axis] != hidden.shape[-1]:
         raise ValueError(
-            f"hidden {hidden.shape}, head {head.shape} and labels {labels.shape} do not fit "
+            f"hidden {hidden.shape}, head {head.shape} (D is axis {head_axis}) and labels {labels.shape} do not fit "
             "[B, S, D], [D, V] and [B, S]"
         )
     if weights is None:
@@ -55,16 +63,18 @@ def chunked_cross_entropy(
         padding = [(0, count * chunk - tokens)] + [(0, 0)] * (flat.ndim - 1)
         return jnp.pad(flat, padding).reshape(count, chunk, *flat.shape[1:])
 
-    total = _summed(chunks(hidden), head.astype(hidden.dtype), chunks(labels), chunks(weights))
+    summed = _summed if head_axis == 0 else _summed_tied
+    total = summed(chunks(hidden), head.astype(hidden.dtype), chunks(labels), chunks(weights))
     return total, weights.sum()
 
 
 def _sum_of_chunks(
-    lift: Callable[..., Any], hidden: jax.Array, head: Any, labels: jax.Array, weights: jax.Array
+    lift: Callable[..., Any], hidden: jax.Array, head: Any, labels: jax.Array, weights: jax.Array, *, head_axis: int
 ) -> jax.Array:
     """Sums the weighted losses of chunks ``hidden [n, c, D]``, ``labels`` and ``weights [n, c]``."""
-    logits_of = lift(lambda h, w: jnp.matmul(h, w, preferred_element_type=jnp.float32))
-    product = lift(jnp.matmul)
+    contraction = (((1,), (head_axis,)), ((), ()))
+    logits_of = lift(lambda h, w: jax.lax.dot_general(h, w, contraction, preferred_element_type=jnp.float32))
+    product = lift(lambda h, w: jax.lax.dot_general(h, w, contraction))
     tree = jax.tree.structure(head)
 
     def loss(h: jax.Array, head: Any, label: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,5 +128,11 @@ def _is_primal(x: Any) -> bool:
     return hasattr(x, "perturbed")
 
 
-_summed = operation("chunked_cross_entropy")(lambda *arrays: _sum_of_chunks(lambda fn: fn, *arrays))
-register_rule("chunked_cross_entropy", _sum_of_chunks)
+def _as_operation(name: str, head_axis: int) -> Callable[..., jax.Array]:
+    rule = functools.partial(_sum_of_chunks, head_axis=head_axis)
+    register_rule(name, rule)
+    return operation(name)(lambda *arrays: rule(lambda fn: fn, *arrays))
+
+
+_summed = _as_operation("chunked_cross_entropy", 0)
+_summed_tied = _as_operation("chunked_cross_entropy_tied", 1)

@@ -48,9 +48,7 @@ def product(
     )
 
 
-def casting(
-    fn: Any, x: jax.Array, w: jax.Array, casts: tuple[Any, ...], *, barrier: bool = True
-) -> jax.Array:
+def casting(fn: Any, x: jax.Array, w: jax.Array, casts: tuple[Any, ...], *, barrier: bool = True) -> jax.Array:
     """Returns ``fn(x, cast of w)`` such that reverse mode keeps ``w`` itself, never the cast copy.
 
     Without ``barrier`` XLA may share the cast between forward and backward where no loop separates them: it costs

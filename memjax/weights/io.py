@@ -43,7 +43,9 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             packed = leaf.packed
             formats[name] = {
                 "codec": next(key for key, kind in _CODECS.items() if type(packed.codec) is kind),
-                "settings": {f.name: getattr(packed.codec, f.name) for f in dataclasses.fields(cast(Any, packed.codec))},
+                "settings": {
+                    f.name: getattr(packed.codec, f.name) for f in dataclasses.fields(cast(Any, packed.codec))
+                },
                 "group_axes": packed.axes,
                 "inputs": leaf.axes.inputs,
                 "outputs": leaf.axes.outputs,

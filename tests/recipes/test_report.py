@@ -31,7 +31,8 @@ def abstract_step(layers, remat, packed=True):
 
     def nll(params, batch):
         hidden = model.hidden(params, batch.inputs, remat=remat)
-        return chunked_cross_entropy(hidden, model.head(params), batch.targets, batch.weights, chunk=CHUNK)
+        weight, axis = model.head(params)
+        return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis, chunk=CHUNK)
 
     def loss(theta, frozen, batch, key):
         return weights.lift(nll)(adapter.attach(frozen, theta), batch)

@@ -18,7 +18,7 @@ from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
-from memjax.recipes.generate_text import continue_tokens
+from memjax.recipes.generation import continue_tokens
 from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
@@ -54,7 +54,7 @@ class FinetuneSettings:
       schedule: of the learning rate after the warm-up.
       warmup: steps of linear warm-up.
       weight_decay: decoupled weight decay.
-      clip: largest global norm of the gradients.
+      clip: largest global norm of the gradients; None does not clip.
       remat: what the backward pass computes again: full: each layer; dots: all but matrix products.
       chunk: tokens per chunk of logits.
       held_out: fraction of the data, at its end, that is held out.
@@ -89,7 +89,7 @@ class FinetuneSettings:
     schedule: Schedule = "constant"
     warmup: int = 0
     weight_decay: float = 0.0
-    clip: float = 1.0
+    clip: float | None = 1.0
     remat: Literal["full", "dots", "none"] = "full"
     chunk: int = 1024
     held_out: float = 0.1
@@ -137,7 +137,8 @@ def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, 
 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
-        return chunked_cross_entropy(hidden, model.head(params), batch.targets, batch.weights, chunk=settings.chunk)
+        weight, axis = model.head(params)
+        return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis, chunk=settings.chunk)
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lift(nll)(adapter.attach(frozen, theta, key if dropout else None), batch)
@@ -267,11 +268,13 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
             row = {"step": i, "loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
             metrics_log.append(row)
             progress.update(bar, completed=i + 1, loss=row["loss"], speed=tokens / seconds)
-            if _due(i + 1, settings.save_every, settings.steps):
-                metrics_log.sync()
-                checkpoints.save(state, recorded)
+            # Evaluated first, so that a kill between the two leaves no checkpoint without its evaluation.
             if _due(i + 1, settings.eval_every, settings.steps):
                 evaluate_at(i + 1, state.theta)
+            if _due(i + 1, settings.save_every, settings.steps):
+                metrics_log.sync()
+                held_out_log.sync()
+                checkpoints.save(state, recorded)
     rows = settings.batch // settings.accumulate
     microbatch = data_.take(loader.batch_at(0), slice(rows))
     activations = residual_bytes(loss, state.theta, frozen, microbatch, jax.random.key(0))

@@ -16,8 +16,8 @@ from rich.console import Console
 from memjax import adapters, models
 from memjax.recipes import cli
 from memjax.recipes.checkpoint import Checkpoints, read_metrics
-from memjax.recipes.finetune import FinetuneSettings, finetune, make_loss
-from memjax.recipes.generate_text import generate_text
+from memjax.recipes.finetuning import FinetuneSettings, finetune, make_loss
+from memjax.recipes.generation import generate_text
 
 QUIET = Console(quiet=True)
 
