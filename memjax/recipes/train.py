@@ -92,7 +92,7 @@ def init_state(theta: Any, tx: optax.GradientTransformation) -> TrainState:
 
 def make_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, seed: int = 0
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Builds the jitted training step.
 
     The loss is the sum of ``loss_fn``'s losses over the sum of its weights, over the whole batch:
