@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.shapes import LLAMAS, Llama
 
 RANK, ALPHA, LEARNING_RATE, SEED = 16, 32.0, 1e-4, 0
-CHUNK = 1024  # tokens whose logits exist at a time
+CHUNK = 512  # tokens whose logits exist at a time
 WARMUP, REPEATS = 2, 10
 
 

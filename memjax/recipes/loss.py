@@ -19,7 +19,7 @@ def chunked_cross_entropy(
     weights: jax.Array | None = None,
     *,
     head_axis: int = 0,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the negative log likelihoods of ``labels`` under ``softmax(hidden @ head)``.
 
