@@ -91,7 +91,7 @@ class FinetuneSettings:
     weight_decay: float = 0.0
     clip: float | None = 1.0
     remat: Literal["full", "dots", "none"] = "full"
-    chunk: int = 1024
+    chunk: int = 512
     held_out: float = 0.1
     eval_windows: int = 32
     eval_every: int = 25
@@ -304,12 +304,16 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
 
 
 def _prompt(settings: FinetuneSettings, model: models.Model, held_out: data_.Windows) -> list[int]:
-    """Returns the tokens of the prompt, or the start of the held-out data: what comes before the first target
-    that counts, and of text a quarter of a window."""
+    """Returns the tokens of the prompt; by default the start of the held-out data.
+
+    Of documents, that is what comes before the first target that counts; of text, what follows the first line break
+    in the first half of a window.
+    """
     if settings.prompt is not None:
         prompt = model.tokenizer.encode(settings.prompt)
     elif held_out.segment_ids is None:
-        prompt = held_out.inputs[0, : max(1, settings.seq // 4)].tolist()
+        text = model.tokenizer.decode(held_out.inputs[0, : max(1, settings.seq // 2)].tolist())
+        prompt = model.tokenizer.encode(text.partition("\n")[2].strip() or text)
     else:
         prompt = held_out.inputs[0, : int(held_out.weights[0].argmax()) + 1].tolist()
     if not prompt:

@@ -51,7 +51,7 @@ def _loss(axes: Axes, losses: Sequence[float], held_out: Sequence[tuple[int, flo
     means = [sum(losses[i - width : i]) / width for i in range(width, len(losses) + 1)]
     axes.plot(range(width - 1, len(losses)), means, color=_BLUE, linewidth=1.6, label=f"training, mean of {width}")
     axes.plot(*zip(*held_out), color=_ORANGE, marker="o", markersize=5, linewidth=1.6, label="held out")
-    for (step, nll), offset in ((held_out[0], (8, 6)), (held_out[-1], (-4, 8))):
+    for (step, nll), offset in ((held_out[0], (8, 6)), (held_out[-1], (-4, -14))):
         axes.annotate(
             f"{nll:.3f}",
             (step, nll),
@@ -74,6 +74,17 @@ def _bytes(axes: Axes, report: ByteReport) -> None:
         places, counts = zip(*((place, count / _MIB) for place, count in known if count is not None))
         bars = axes.barh(places, counts, height=0.36, color=color, label=label)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7, color=_INK)
+    for i, row in enumerate(report.rows):
+        if row.compiled_bytes is None:
+            axes.annotate(
+                "in temporaries",
+                (0, i + 0.19),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=_INK,
+            )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
