@@ -62,6 +62,7 @@ def _loss(axes: Axes, losses: Sequence[float], held_out: Sequence[tuple[int, flo
             ha="left" if step == held_out[0][0] else "right",
         )
     axes.set_xlabel("step", color=_INK, fontsize=9)
+    axes.margins(y=0.12)
     axes.set_ylabel("loss (nats per token)", color=_INK, fontsize=9)
     axes.grid(color=_GRID, linewidth=0.7)
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
