@@ -85,7 +85,18 @@ class Arranged:
                 else:
                     raise UnsupportedError(f"a reshape from {self.shape} to {tuple(shape)} mixes axes unevenly")
             dims.append(tuple(_merge(dim)))
-        return replace(self, dims=tuple(dims))
+        return replace(self, dims=tuple(dims))._without_hidden_batch()
+
+    def _without_hidden_batch(self) -> Arranged:
+        """Squeezes batch axes of size 1 that no dimension shows any more."""
+        shown = {factor.axis for dim in self.dims for factor in dim}
+        batch = range(-self.view.ndim, -self.view.axes.ndim)
+        hidden = [axis for axis in batch if self.view.shape[axis] == 1 and axis not in shown]
+        view = jax.tree.map(lambda leaf: lax.squeeze(leaf, [axis + self.view.ndim for axis in hidden]), self.view)
+        dims = tuple(
+            tuple(f._replace(axis=f.axis + sum(f.axis < axis for axis in hidden)) for f in dim) for dim in self.dims
+        )
+        return replace(self, view=view, dims=dims)
 
     def batch_axis(self, dim: int) -> int:
         """Returns the view's (negative) batch axis that dimension ``dim`` is, whole; else raises."""
@@ -267,6 +278,8 @@ def gather(w: Arranged, indices: jax.Array, params: dict[str, Any]) -> jax.Array
     if w.view.batch_ndim:
         raise UnsupportedError("it looks up rows of a stack of weights at once")
     axis = w.permutation()[dim]
+    if (axis,) not in w.view.axes:
+        raise UnsupportedError(f"it looks up along axis {axis}, one of several input or output axes ({w.view.axes})")
     rows = w.view.take(indices, axis=axis, casts=w.casts)
     if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = jnp.nan if params["fill_value"] is None else params["fill_value"]

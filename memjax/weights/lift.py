@@ -45,7 +45,8 @@ def lift(fn: Callable[..., Any], *, allow_dense: bool = False) -> Callable[..., 
     """Returns ``fn`` such that any array in its arguments may be a weight view.
 
     Works for every pure function of arrays, whatever framework it comes from, and composes with jit, grad, vmap, scan,
-    checkpoint, shard_map and pmap, inside and outside. Arguments that are not arrays are static.
+    checkpoint, shard_map and pmap, inside and outside. Arguments that are not arrays, Python numbers included, reach
+    ``fn`` as they are.
 
     Args:
       fn: the function; called as before.
@@ -109,7 +110,7 @@ def _is_weight(x: Any) -> bool:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | int | float | complex | bool) or (hasattr(x, "shape") and hasattr(x, "dtype"))
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], mode: _Mode) -> list[Any]:
@@ -174,8 +175,7 @@ def _reshape(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
 
 def _squeeze(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     (w,) = values
-    gone = {axis % len(w.dims) for axis in eqn.params["dimensions"]}
-    return [w.transpose([i for i in range(len(w.dims)) if i not in gone])]
+    return [w.reshape([size for i, size in enumerate(w.shape) if i not in eqn.params["dimensions"]])]
 
 
 def _broadcast_in_dim(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -230,6 +230,15 @@ def _per_leaf(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
         bound = jax.tree.map(lambda leaf: jaxpr_compat.bind(eqn, [leaf])[0], value)
         outputs.append(bound)
     return outputs
+
+
+def _reduce_precision(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    """The identity that checkpoint policies put behind what they save; a true change of precision has no rule."""
+    (w,) = values
+    format = jnp.finfo(w.dtype)
+    if (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) != (format.nexp, format.nmant):
+        raise UnsupportedError("it reduces the precision of the weight")
+    return [w]
 
 
 def _barrier(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -312,15 +321,26 @@ def _jit(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     return _call(eqn.params["jaxpr"], mode)(*values)
 
 
+def _eval_jaxpr(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    return _call(jaxpr_compat.body_of(eqn), mode)(*values)
+
+
 def _custom(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    if mode.usage is not None:
+        return _call(jaxpr_compat.body_of(eqn), mode)(*values)
     raise UnsupportedError(
         "a function with a custom derivative takes it; register a rule for it with memjax.core.operation"
     )
 
 
 def _checkpoint(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
-    body = _call(eqn.params["jaxpr"], mode)
-    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*values)
+    body, prevent_cse = _call(eqn.params["jaxpr"], mode), eqn.params["prevent_cse"]
+    if isinstance(prevent_cse, bool):
+        prevent_cse = (prevent_cse,) * len(values)
+    if eqn.params["differentiated"]:  # an inner gradient recomputes here; XLA must not merge that with the original
+        barred = iter(lax.optimization_barrier([v for v, bar in zip(values, prevent_cse) if bar]))
+        values = [next(barred) if bar else v for v, bar in zip(values, prevent_cse)]
+    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=prevent_cse)(*values)
 
 
 def _cond(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -357,7 +377,19 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
         raise UnsupportedError("it is a loop carry that the body changes")
 
     sliced = [_ScanInput.of(x) if isinstance(x, Arranged) else None for x in xs]
-    run = _no_views_after(_call(loop.body, mode), fixed, eqn)
+    handed_on: dict[int, Arranged] = {}
+
+    def collect(*args: Any) -> list[Any]:
+        outputs = _call(loop.body, mode)(*args)
+        slices = args[loop.n_consts + loop.n_carry :]
+        for i in range(loop.n_carry, len(outputs)):
+            for source, x in zip(sliced, slices):
+                if source is not None and isinstance(outputs[i], Arranged) and outputs[i].view is x.view:
+                    handed_on[i - loop.n_carry] = source.stack(outputs[i])
+                    outputs[i] = None
+        return outputs
+
+    run = _no_views_after(collect, fixed, eqn)
 
     def body(carry: Any, x: Any) -> Any:
         carry = [f if f is not None else c for f, c in zip(fixed, carry)]
@@ -369,6 +401,7 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     start = [None if f is not None else c for f, c in zip(fixed, init)]
     scanned = [s.leaves if s is not None else x for s, x in zip(sliced, xs)]
     carry, ys = lax.scan(body, start, scanned, length=loop.length, reverse=loop.reverse, unroll=loop.unroll)
+    ys = [handed_on.get(i, y) for i, y in enumerate(ys)]
     return [*(f if f is not None else c for f, c in zip(fixed, carry)), *ys]
 
 
@@ -385,23 +418,35 @@ def _no_views_after(fn: Callable[..., list[Any]], fixed: list[Any], eqn: JaxprEq
 
 @dataclass(frozen=True)
 class _ScanInput:
-    """A view that a scan slices along its batch axis ``dims[0]``."""
+    """A view that a scan slices along its batch axis ``dims[0]``.
+
+    Attributes:
+      leaves: the view with that axis in front.
+      template: how the program holds the view.
+    """
 
     leaves: Any
     template: Arranged
 
     @staticmethod
     def of(w: Arranged) -> _ScanInput:
+        if not w.dims[0]:
+            return _ScanInput(jax.tree.map(lambda leaf: leaf[None], w.view), w)
         axis = w.view.ndim + w.batch_axis(0)
         leaves = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), w.view) if axis else w.view
         return _ScanInput(leaves, w)
 
     def rebuild(self, view: Any) -> Arranged:
-        gone = self.template.dims[0][0].axis
+        gone = self.template.dims[0][0].axis if self.template.dims[0] else -self.leaves.ndim
         dims = tuple(
             tuple(f._replace(axis=f.axis + 1) if f.axis < gone else f for f in dim) for dim in self.template.dims[1:]
         )
         return Arranged(view, dims, self.template.casts, self.template.label)
+
+    def stack(self, slice: Arranged) -> Arranged:
+        """Returns what the scan stacks when its body hands on a rearranged slice: the whole view, not copied."""
+        front = Factor(-self.leaves.ndim, self.leaves.shape[0], 1)
+        return Arranged(self.leaves, ((front,), *slice.dims), slice.casts, slice.label)
 
 
 def _while(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -496,12 +541,14 @@ _RULES: dict[str, _Rule] = {
     "name": _per_leaf,
     "stop_gradient": _per_leaf,
     "pvary": _per_leaf,
+    "reduce_precision": _reduce_precision,
     "optimization_barrier": _barrier,
     "sharding_constraint": _constrain,
     "dot_general": _dot_general,
     "gather": _gather,
     "conv_general_dilated": _conv,
     "jit": _jit,
+    "eval_jaxpr": _eval_jaxpr,
     "custom_jvp_call": _custom,
     "custom_vjp_call": _custom,
     "checkpoint": _checkpoint,
