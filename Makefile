@@ -15,7 +15,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 demo: .venv/installed-demo ## fine-tune the packaged SmolLM2 on the King James Bible, its frozen weights kept in 4 bits
-	.venv/bin/memjax finetune --model smollm2 --data memjax/recipes/corpus/kjv.txt --out runs/demo
+	rm -rf runs/demo
+	.venv/bin/memjax finetune --model smollm2 --data kjv --out runs/demo
 
 test: lint smoke-next .venv/installed-test ## every check that CI makes
 	MEMJAX_REQUIRE_WEIGHTS=1 .venv/bin/python -m pytest $(PYTEST) -m "not slow and not gpu"

@@ -40,6 +40,24 @@ STACKS = ("plain_jax", "memjax", "peft", "memjax_int4")
 CASES = {f"{shape.name}/{stack}": (shape, stack) for stack in STACKS for shape in (*SHAPES, TINY)}
 
 
+def memjax_config(config: Llama) -> Any:
+    """Returns memjax's configuration of these sizes."""
+    from memjax import models
+
+    return models.LlamaConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        rms_eps=config.eps,
+        tie_embeddings=config.tied,
+    )
+
+
 def build_memjax(config: Llama, attention: str, *, packed: bool) -> harness.Workload:
     """Returns memjax's training step; ``packed`` keeps the base's kernels in int4 with groups of 64."""
     import jax
@@ -52,20 +70,7 @@ def build_memjax(config: Llama, attention: str, *, packed: bool) -> harness.Work
     from memjax.recipes.loss import chunked_cross_entropy
     from memjax.recipes.train import init_state, make_step
 
-    model = models.Model(
-        models.LlamaConfig(
-            vocab_size=config.vocab,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_ff,
-            num_layers=config.layers,
-            num_heads=config.heads,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
-            rms_eps=config.eps,
-            tie_embeddings=config.tied,
-        )
-    )
+    model = models.Model(memjax_config(config))
     codec = mj.codecs.int4(group=64)
     adapter = mj.adapters.lora(rank=RANK, alpha=ALPHA, targets="**/*_proj/kernel")
     tx = optax.adamw(LEARNING_RATE)

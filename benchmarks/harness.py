@@ -179,6 +179,12 @@ def _driver() -> str | None:
         return None
 
 
+def last_exception(stderr: str) -> str:
+    """Returns the last exception in a process's error output, without the traceback, or an empty string."""
+    found = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*(?:\n(?!-----).*){0,3}", stderr, re.MULTILINE)
+    return found[-1].strip()[:500] if found else ""
+
+
 def run_process(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
     """Runs ``python -m *arguments`` and returns the JSON object of its last line, or its error under ``error``."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -188,8 +194,7 @@ def run_process(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"did not finish in {timeout_s:.0f} s"}
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": "\n".join(lines[-3:])[-600:] or f"exit status {done.returncode}"}
+        return {"error": last_exception(done.stderr) or f"exit status {done.returncode}"}
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):

@@ -17,7 +17,7 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which all output bits depend on all input bits (lowbias32 of hash-prospector)."""
+    """A bijection of uint32 that lets every input bit reach every output bit (lowbias32, hash-prospector)."""
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> np.uint32(15))
@@ -36,7 +36,8 @@ def seed_words(seed: Any) -> tuple[jax.Array, jax.Array]:
       ValueError: an array of seeds or keys.
     """
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
-        words = [np.uint32(int(seed) & 0xFFFFFFFF), np.uint32((int(seed) >> 32) & 0xFFFFFFFF)]
+        low, high = int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
+        words = [np.uint32(low), np.uint32(high)] if high else [np.uint32(low)]
     elif jnp.issubdtype(getattr(seed, "dtype", None), jax.dtypes.prng_key):
         if seed.shape:
             raise ValueError(f"expected one random key, got keys of shape {seed.shape}")

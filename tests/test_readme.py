@@ -19,7 +19,11 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     indented = re.findall(r"^    (\S.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S), re.MULTILINE)
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()] + indented
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [
+        [words[0].removeprefix(".venv/bin/"), *words[1:]]
+        for line in lines
+        if (words := shlex.split(line, comments=True))
+    ]
 
 
 def test_python_blocks_run_in_order():
@@ -36,7 +40,7 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("subcommand", sorted({words[1] for words in commands() if words[0] == "memjax"}))
 def test_memjax_commands_take_the_flags_shown(subcommand):
-    command = [sys.executable, "-m", "memjax.recipes.cli", subcommand, "--help"]
+    command = [sys.executable, "-c", "from memjax.recipes.cli import main; main()", subcommand, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     uses = [words for words in commands() if words[:2] == ["memjax", subcommand]]

@@ -182,7 +182,8 @@ class Codec(abc.ABC):
             raise ValueError(f"expected distinct group axes, got {axes}")
         group_blocks(tuple(x.shape), axes, self.group)
         if not isinstance(x, jax.core.Tracer):
-            largest = float(_max_abs(x))
+            with jax.ensure_compile_time_eval():
+                largest = float(_max_abs(x))
             if not largest <= self.limit:
                 found = f"an element of size {largest:.4g}" if math.isfinite(largest) else "NaN or infinity"
                 raise ValueError(

@@ -1,1 +1,22 @@
-"""placeholder"""
+"""Pretrained models: the Llama and BERT families as Flax NNX, checkpoint readers, and generation."""
+
+from memjax.models.bert import Bert, BertConfig, sentence_embedding
+from memjax.models.generate import generate
+from memjax.models.llama import Llama, LlamaConfig, RopeScaling, llama_config
+from memjax.models.load import load
+from memjax.models.model import Model, abstract, random_params
+
+__all__ = [
+    "Bert",
+    "BertConfig",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "RopeScaling",
+    "abstract",
+    "generate",
+    "llama_config",
+    "load",
+    "random_params",
+    "sentence_embedding",
+]

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Data, the training step, evaluation, checkpoints, reports and the `memjax` command."""

@@ -1,0 +1,146 @@
+"""What the model families share: linear and embedding modules, attention dispatch, and the scan over layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Remat = Literal["none", "full", "dots"]
+Attention = Literal["xla", "cudnn"]
+
+_INIT = nnx.initializers.normal(0.02)
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Source(NamedTuple):
+    """Where a leaf of a model's params comes from in a checkpoint.
+
+    Attributes:
+      name: tensor name; ``{}`` stands for the layer number of a leaf that is stacked over layers.
+      transpose: the file holds ``[out, in]`` and the leaf ``[in, out]``.
+      rotary_heads: the file holds the output rows of that many heads with rotary pairs adjacent (0: it does not).
+    """
+
+    name: str
+    transpose: bool = False
+    rotary_heads: int = 0
+
+
+def require_sizes(config: Any, *names: str) -> None:
+    """Raises ValueError unless the named fields of ``config`` are positive integers."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+class Linear(nnx.Module):
+    """``x @ kernel (+ bias)`` in the dtype of ``x``."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_INIT(rngs.params(), (inputs, outputs)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class Embedding(nnx.Module):
+    """A table ``embedding`` of shape ``[count, features]``, looked up by integer arrays."""
+
+    def __init__(self, count: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(_INIT(rngs.params(), (count, features)))
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], indices, axis=0, mode="clip")
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    mask: jax.Array | None = None,
+    window: int | None = None,
+    implementation: Attention | None = None,
+) -> jax.Array:
+    """Softmax attention through `jax.nn.dot_product_attention`.
+
+    Args:
+      q: ``[B, S, H, Dh]``.
+      k, v: ``[B, T, Hk, Dh]``; H is a multiple of Hk.
+      causal: position i attends to positions up to i.
+      mask: bool, broadcastable to ``[B, H, S, T]``; True takes part.
+      window: with ``causal``, position i attends to the last ``window`` positions up to i only.
+      implementation: None takes cuDNN on a GPU for 16-bit inputs and XLA elsewhere.
+
+    Returns:
+      ``[B, S, H * Dh]`` in the dtype of ``q``.
+    """
+    if implementation is None:
+        fast = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+        implementation = "cudnn" if fast else "xla"
+    elif implementation not in ("xla", "cudnn"):
+        raise ValueError(f"attention must be 'xla', 'cudnn' or None, got {implementation!r}")
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out.reshape(*q.shape[:2], -1)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:
+    """Returns one module whose params are those of ``num_layers`` modules, stacked along a leading axis."""
+    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make))(rngs)
+
+
+def scan_layers(
+    layers: nnx.Module, call: Callable[..., Any], carry: Any, xs: Any = None, *, remat: Remat = "none"
+) -> Any:
+    """Runs stacked layers one after another by `jax.lax.scan`.
+
+    Args:
+      layers: a module made by `stack_layers`.
+      call: ``call(layer, carry, x) -> carry`` where x is the layer's slice of ``xs``.
+      carry: what flows from layer to layer.
+      xs: pytree of arrays ``[L, ...]``, or None.
+      remat: "none" keeps what reverse mode asks for; "full" keeps the carry only and runs each layer again in the
+        backward pass; "dots" also keeps the results of matrix products with weights.
+
+    Returns:
+      The last carry.
+    """
+    if remat not in ("none", *_POLICIES):
+        raise ValueError(f"remat must be 'none', 'full' or 'dots', got {remat!r}")
+    graphdef, state = nnx.split(layers)
+
+    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        state, x = layer
+        return call(nnx.merge(graphdef, state), carry, x), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def structure(module: Callable[..., nnx.Module], config: Any) -> tuple[Any, Any]:
+    """Returns the graph definition of ``module(config, rngs=...)`` and its params as `jax.ShapeDtypeStruct`."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)

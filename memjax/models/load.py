@@ -1,0 +1,210 @@
+"""Loads checkpoints leaf by leaf: Hugging Face folders (safetensors) and GGUF files into params.
+
+A leaf that is stacked over layers is allocated once and filled layer by layer from memory-mapped tensors, so the host
+holds little more than the result and one leaf.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import pathlib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax import codecs
+from memjax.core.paths import leaf_paths, map_with_path, select
+from memjax.core.views import Axes
+from memjax.models import bert, llama
+from memjax.models.gguf import GgufTensor, read_gguf
+from memjax.models.layers import Source
+from memjax.models.model import Config, Model, abstract
+from memjax.models.packages import resolve
+from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
+from memjax.models.tokenizer import load_tokenizer
+from memjax.weights.packed import PackedWeight
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
+Tensor = SafeTensor | GgufTensor
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose headers are read and whose tensors are not.
+
+    Attributes:
+      config: sizes of the model.
+      sources: leaf path -> where it comes from.
+      tensors: tensor name -> tensor.
+      ignored: patterns of tensor names that the model has no use for.
+      tokenizer: the checkpoint's tokenizer, or None.
+    """
+
+    config: Config
+    sources: dict[str, Source]
+    tensors: dict[str, Tensor]
+    ignored: tuple[str, ...]
+    tokenizer: Any
+
+
+def load(
+    source: str | pathlib.Path,
+    *,
+    dtype: str = "bfloat16",
+    weights: Any = "keep",
+    targets: str | Iterable[str] = "**/*_proj/kernel",
+) -> Model:
+    """Loads a pretrained model.
+
+    Args:
+      source: a Hugging Face folder, a ``.gguf`` file, "smollm2" or "minilm" (packaged weights), or a hub name.
+      dtype: "float32" or "bfloat16"; dtype of dense leaves, and the logical dtype of packed ones.
+      weights: "keep" leaves the packed tensors of a GGUF file packed, as weight views; "dense" decodes them; a codec
+        packs the leaves of ``targets`` while they are read, one layer at a time.
+      targets: patterns of the leaves that a codec packs.
+
+    Returns:
+      The model; leaves stacked over layers have a leading layer axis.
+
+    Raises:
+      ValueError: an unknown model type, a tensor that is missing, unknown or of another shape or dtype than the
+        configuration says, a damaged file, or options that do not fit.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    if isinstance(weights, str) and weights not in ("keep", "dense"):
+        raise ValueError(f"weights must be 'keep', 'dense' or a codec, got {weights!r}")
+    path = resolve(source)
+    checkpoint = _open_gguf(path) if path.suffix == ".gguf" and path.is_file() else _open_folder(path)
+    shapes = abstract(checkpoint.config, dtype)
+    _check(checkpoint, shapes)
+    packed = set() if isinstance(weights, str) else set(select(shapes, targets))
+
+    def read(leaf_path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+        source = checkpoint.sources[leaf_path]
+        stacked = "{}" in source.name
+        names = [source.name.format(i) for i in range(leaf.shape[0])] if stacked else [source.name]
+        tensors = [checkpoint.tensors[name] for name in names]
+        if leaf_path in packed:
+            encode = _encoder(weights, leaf.dtype)
+            return PackedWeight(_fill(lambda i: encode(_dense(tensors[i], source)), len(tensors), stacked), Axes())
+        if weights == "keep" and len(leaf.shape) == 2 + stacked and _keeps(leaf_path, tensors):
+            axes = Axes() if source.transpose else Axes(inputs=(-1,), outputs=(-2,))
+            packed_leaf = _fill(lambda i: _packed(tensors[i], source), len(tensors), stacked)
+            return PackedWeight(packed_leaf.astype(leaf.dtype), axes)
+        return _fill(lambda i: _dense(tensors[i], source), len(tensors), stacked, leaf.dtype)
+
+    params = map_with_path(read, shapes)
+    return Model(checkpoint.config, params, checkpoint.tokenizer, str(source))
+
+
+def _open_folder(folder: pathlib.Path) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json")
+    settings = read_json(folder / "config.json")
+    tensors: dict[str, Tensor] = dict(read_safetensors(folder))
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    family = settings.get("model_type")
+    if family in llama.MODEL_TYPES:
+        config = llama.config_from_hf(settings)
+        ignored = llama.HF_IGNORED + (llama.HF_IGNORED_WHEN_TIED if config.tie_embeddings else ())
+        return Checkpoint(config, llama.hf_sources(config), tensors, ignored, tokenizer)
+    if family in bert.MODEL_TYPES:
+        tensors = {bert.plain_name(name): tensor for name, tensor in tensors.items()}
+        return Checkpoint(bert.config_from_hf(settings), bert.hf_sources(), tensors, bert.HF_IGNORED, tokenizer)
+    supported = ", ".join(llama.MODEL_TYPES + bert.MODEL_TYPES)
+    raise ValueError(f"{folder / 'config.json'} has model_type {family!r}; supported: {supported}")
+
+
+def _open_gguf(path: pathlib.Path) -> Checkpoint:
+    gguf = read_gguf(path)
+    factors = gguf.tensors["rope_freqs.weight"].decode() if "rope_freqs.weight" in gguf.tensors else None
+    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
+    config = llama.config_from_gguf(gguf.metadata, shapes, factors)
+    sources = llama.gguf_sources(config, gguf.metadata["general.architecture"])
+    tokenizer = load_tokenizer(gguf) if "tokenizer.ggml.model" in gguf.metadata else None
+    return Checkpoint(config, sources, dict(gguf.tensors), llama.GGUF_IGNORED, tokenizer)
+
+
+def _check(checkpoint: Checkpoint, shapes: Any) -> None:
+    """Raises unless the tensors are exactly those that the leaves need, in shape and dtype."""
+    unknown = {
+        name
+        for name in checkpoint.tensors
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in checkpoint.ignored)
+    }
+    for path, leaf in leaf_paths(shapes):
+        source = checkpoint.sources[path]
+        stacked = "{}" in source.name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if source.transpose else shape
+        for i in range(leaf.shape[0] if stacked else 1):
+            name = source.name.format(i)
+            if name not in checkpoint.tensors:
+                raise ValueError(f"the checkpoint lacks tensor {name!r} of shape {shape}, which {path} needs")
+            tensor = checkpoint.tensors[name]
+            unknown.discard(name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"tensor {name!r}: expected shape {shape} for {path}, found {tuple(tensor.shape)}")
+            if isinstance(tensor, SafeTensor) and tensor.dtype.name not in FLOAT_DTYPES:
+                raise ValueError(
+                    f"tensor {name!r}: expected dtype {', '.join(FLOAT_DTYPES)}, found {tensor.dtype.name}"
+                )
+    if unknown:
+        listed = ", ".join(sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
+        raise ValueError(f"the checkpoint has {len(unknown)} tensors that the model does not know: {listed}")
+
+
+def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders axis 0 of each head from adjacent rotary pairs (2i, 2i + 1) to halves (i, i + Dh/2)."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _dense(tensor: Tensor, source: Source) -> np.ndarray:
+    """Returns the tensor in the layout of its leaf: a view of the file, or float32 decoded from it."""
+    values = tensor.decode() if isinstance(tensor, GgufTensor) else tensor.read()
+    if source.rotary_heads:
+        values = _half_split(values, source.rotary_heads)
+    return values.T if source.transpose else values
+
+
+def _packed(tensor: GgufTensor, source: Source) -> codecs.Packed:
+    """Returns the tensor in the layout of its leaf, still in the file's codes."""
+    packed = codecs.from_gguf(tensor.kind, tensor.raw(), tensor.shape)
+    if source.rotary_heads:
+        packed = jax.tree.map(lambda leaf: _half_split(np.asarray(leaf), source.rotary_heads), packed)
+    return packed.transpose((1, 0)) if source.transpose else packed
+
+
+def _keeps(path: str, tensors: list[Tensor]) -> bool:
+    """Returns whether a leaf of these tensors can stay packed; warns where a mix of formats forbids it."""
+    kinds = {tensor.kind for tensor in tensors if isinstance(tensor, GgufTensor)}
+    if len(kinds) > 1 and kinds & set(PACKED_KINDS):
+        warnings.warn(
+            f"{path} mixes the formats {', '.join(sorted(kinds))} over its layers and is decoded to a dense leaf; "
+            "load with weights=<a codec> to pack it",
+            stacklevel=2,
+        )
+    return len(kinds) == 1 and kinds <= set(PACKED_KINDS)
+
+
+def _encoder(codec: Any, dtype: Any) -> Callable[[np.ndarray], codecs.Packed]:
+    encode = jax.jit(functools.partial(codec.encode, axes=(-2,)))
+    return lambda values: encode(np.asarray(values, np.float32)).astype(dtype)
+
+
+def _fill(part: Callable[[int], Any], count: int, stacked: bool, dtype: Any = None) -> Any:
+    """Returns the tree ``part(0)``, or ``part(0) .. part(count - 1)`` stacked, as jax arrays (of ``dtype``)."""
+    first = part(0)
+    lead = (count,) if stacked else ()
+    out = jax.tree.map(lambda leaf: np.empty((*lead, *leaf.shape), dtype or leaf.dtype), first)
+    for i in range(count):
+        for to, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(part(i) if i else first)):
+            to[i if stacked else ...] = leaf
+    return jax.tree.map(jnp.asarray, out)

@@ -1,0 +1,164 @@
+"""A model as data (sizes, params, tokenizer) with pure functions of its params."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memjax.core.paths import leaf_paths, map_with_path
+from memjax.core.views import is_view
+from memjax.models.bert import Bert, BertConfig
+from memjax.models.layers import Attention, Remat, structure
+from memjax.models.llama import Llama, LlamaConfig
+
+Config = LlamaConfig | BertConfig
+
+
+def module_of(config: Config) -> Callable[..., nnx.Module]:
+    """Returns the NNX module class that ``config`` configures."""
+    if isinstance(config, LlamaConfig):
+        return Llama
+    if isinstance(config, BertConfig):
+        return Bert
+    raise TypeError(f"config must be a LlamaConfig or a BertConfig, got {type(config).__name__}")
+
+
+def abstract(config: Config, dtype: Any = jnp.float32) -> Any:
+    """Returns the params tree of ``config`` with a `jax.ShapeDtypeStruct` of ``dtype`` for every leaf."""
+    shapes = structure(module_of(config), config)[1]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+
+
+def random_params(config: Config, key: jax.Array, dtype: Any = jnp.float32) -> Any:
+    """Returns params as a new model has them: kernels and tables of deviation 0.02, scales 1, biases 0.
+
+    Args:
+      config: sizes.
+      key: PRNG key.
+      dtype: dtype of every leaf.
+    """
+    shapes = abstract(config, dtype)
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
+
+    def make(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        key = next(keys)
+        if path.endswith("scale"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if path.endswith("bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return _normal(key, leaf.shape, leaf.dtype)
+
+    return map_with_path(make, shapes)
+
+
+@jax.jit(static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+
+def bind(config: Config, params: Any) -> Any:
+    """Returns the NNX module of ``config`` with ``params`` in place.
+
+    Raises:
+      TypeError: a leaf is a weight view.
+      ValueError: a leaf is missing, unknown or of another shape than ``config`` says.
+    """
+    graphdef, shapes = structure(module_of(config), config)
+    found = dict(leaf_paths(params))
+    for path, leaf in leaf_paths(shapes):
+        if path not in found:
+            raise ValueError(f"params lack {path} of shape {leaf.shape}")
+        given = found.pop(path)
+        if is_view(given):
+            raise TypeError(
+                f"{path} is a weight view ({type(given).__name__}): call the function as memjax.lift(fn)(params, ...)"
+            )
+        if given.shape != leaf.shape:
+            raise ValueError(f"params at {path}: expected shape {leaf.shape}, got {given.shape}")
+    if found:
+        raise ValueError(f"params have leaves that the model lacks: {', '.join(list(found)[:8])}")
+    return nnx.merge(graphdef, params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model and what it was loaded with; the functions are pure in ``params``, so `memjax.lift` applies to them.
+
+    Attributes:
+      config: `LlamaConfig` or `BertConfig`.
+      params: nested dicts of arrays and weight views.
+      tokenizer: the checkpoint's tokenizer, or None.
+      name: what it was loaded from.
+    """
+
+    config: Config
+    params: Any = None
+    tokenizer: Any = None
+    name: str = ""
+
+    @property
+    def kind(self) -> Literal["causal", "encoder"]:
+        """ "causal" for a decoder, "encoder" for an encoder."""
+        return "causal" if isinstance(self.config, LlamaConfig) else "encoder"
+
+    def hidden(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        remat: Remat = "none",
+        attention: Attention | None = None,
+    ) -> jax.Array:
+        """Returns the last hidden states ``[B, S, D]``, in the dtype of the embedding.
+
+        Args:
+          params: params of dense arrays; views under `memjax.lift`.
+          tokens: int32 ``[B, S]``.
+          segment_ids, positions: int32 ``[B, S]``, decoders only; see `Llama`.
+          mask, token_types: ``[B, S]``, encoders only; see `Bert`.
+          remat: "none", "full" or "dots"; see `memjax.models.layers.scan_layers`.
+          attention: "xla", "cudnn", or None for the best that runs.
+        """
+        module = bind(self.config, params)
+        if self.kind == "causal":
+            if mask is not None or token_types is not None:
+                raise ValueError("mask and token_types are for encoders; a decoder takes segment_ids")
+            return module(tokens, segment_ids=segment_ids, positions=positions, remat=remat, attention=attention)
+        if segment_ids is not None or positions is not None:
+            raise ValueError("segment_ids and positions are for decoders; an encoder takes mask")
+        return module(tokens, mask=mask, token_types=token_types, remat=remat, attention=attention)
+
+    def logits(self, params: Any, tokens: jax.Array, **options: Any) -> jax.Array:
+        """Returns a decoder's float32 logits ``[B, S, V]``; arguments as in `hidden`."""
+        self._require_decoder("logits")
+        return bind(self.config, params).logits(self.hidden(params, tokens, **options))
+
+    def head(self, params: Any) -> jax.Array:
+        """Returns a decoder's output kernel ``[D, V]``: ``lm_head/kernel``, or the transposed embedding where tied."""
+        self._require_decoder("an output head")
+        return bind(self.config, params).head()
+
+    def first_layers(self, count: int) -> Model:
+        """Returns the model cut after its first ``count`` layers, which is cheap to run in tests."""
+        if not 0 < count <= self.config.num_layers:
+            raise ValueError(f"count must be 1 to {self.config.num_layers}, got {count}")
+        sizes: dict[str, Any] = {"num_layers": count}
+        if isinstance(self.config, LlamaConfig) and self.config.window_layers is not None:
+            sizes["window_layers"] = self.config.window_layers[:count]
+        layers = jax.tree.map(lambda leaf: leaf[:count], self.params["layers"])
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, **sizes), params={**self.params, "layers": layers}
+        )
+
+    def _require_decoder(self, what: str) -> None:
+        if self.kind != "causal":
+            raise ValueError(f"{self.name or 'the model'} is an encoder and has no {what.removeprefix('an ')}")

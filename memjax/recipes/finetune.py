@@ -1,0 +1,272 @@
+"""Fine-tuning from a checkpoint and a data file to an adapter, with every loss and every byte written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from memjax import adapters, codecs, models
+from memjax.core.bytes import compiled_bytes, nbytes
+from memjax.recipes import data as data_
+from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
+from memjax.recipes.evaluate import Evaluation, make_evaluate
+from memjax.recipes.loss import chunked_cross_entropy
+from memjax.recipes.plots import plot_run
+from memjax.recipes.report import ByteReport, byte_report, llama_activation_bytes
+from memjax.recipes.train import LossFn, Schedule, check_finite, init_state, make_optimizer, make_step
+from memjax.weights import lift
+
+Format = Literal["keep", "dense", "int4", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+# Settings that may change on resume: they say where things are and how often, and change no number.
+FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """What a fine-tuning run does.
+
+    Attributes:
+      model: smollm2, a .gguf file, a Hugging Face folder, or a hub name.
+      data: .txt, .jsonl (prompt and completion, or messages), or kjv (packaged).
+      adapter: the method.
+      rank: rank of the adapter.
+      alpha: scale of the adapter times its rank; by default twice the rank.
+      targets: patterns of the weights that are adapted.
+      dropout: on the adapter's input.
+      format: how the frozen weights are held: as in the file, dense, or encoded.
+      group: weights per scale of int4 and int8.
+      dtype: of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU.
+      batch: sequences per step.
+      seq: tokens per sequence.
+      accumulate: microbatches that the batch is divided into.
+      steps: training steps.
+      lr: highest learning rate.
+      schedule: of the learning rate after the warm-up.
+      warmup: steps of linear warm-up.
+      weight_decay: decoupled weight decay.
+      clip: largest global norm of the gradients.
+      remat: what the backward pass computes again: full: each layer; dots: all but matrix products.
+      chunk: tokens per chunk of logits.
+      held_out: fraction of the data, at its end, that is held out.
+      eval_windows: sequences of held-out data that are evaluated.
+      eval_every: also evaluate every so many steps; 0: only before and after.
+      too_long: documents longer than seq: error, cut or drop.
+      seed: of the order of the data, the adapter and dropout.
+      save_every: steps between checkpoints; 0: only at the end.
+      keep: checkpoints that are kept.
+      resume: folder of a run to go on with.
+      out: folder for results; by default runs/MODEL-ADAPTER.
+      prompt: start of the samples; by default the start of the held-out data.
+      sample_tokens: tokens of each sample.
+    """
+
+    model: str
+    data: str = "kjv"
+    adapter: Literal["lora"] = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("**/{q,k,v,o,gate,up,down}_proj/kernel",)
+    dropout: float = 0.0
+    format: Format = "keep"
+    group: int = 64
+    dtype: Dtype = "auto"
+    batch: int = 2
+    seq: int = 128
+    accumulate: int = 1
+    steps: int = 50
+    lr: float = 2e-3
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    remat: Literal["full", "dots", "none"] = "full"
+    chunk: int = 512
+    held_out: float = 0.1
+    eval_windows: int = 32
+    eval_every: int = 0
+    too_long: data_.TooLong = "error"
+    seed: int = 0
+    save_every: int = 25
+    keep: int = 2
+    resume: str | None = None
+    out: str | None = None
+    prompt: str | None = None
+    sample_tokens: int = 40
+
+
+class FinetuneResult(NamedTuple):
+    """What a fine-tuning run gave; all of it is also in the files of ``out``."""
+
+    out: Path
+    theta: Any  # the trained adapter
+    losses: list[float]  # of every step, nats per token
+    before: Evaluation
+    after: Evaluation
+    report: ByteReport
+    sample_before: str
+    sample_after: str
+    tokens_per_second: float  # of the training steps of this process, without compiling
+    seconds: float  # of this process, all included
+
+
+def load_model(model: str, format: Format = "keep", group: int = 64, dtype: Dtype = "auto") -> models.Model:
+    """Loads a model with its weights held as ``format`` says; see `FinetuneSettings`."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    factories = {"int4": codecs.int4, "int8": codecs.int8}
+    weights = factories[format](group=group) if format in factories else format
+    return models.load(model, dtype=dtype, weights=weights)
+
+
+def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, dropout: bool) -> LossFn:
+    """Returns the loss of a decoder with an adapter attached: ``(theta, frozen, batch, key) -> (sum, count)``."""
+
+    def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
+        hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
+        return chunked_cross_entropy(
+            hidden, model.head(params), batch.targets, batch.weights, chunk=settings.chunk
+        )
+
+    def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lift(nll)(adapter.attach(frozen, theta, key if dropout else None), batch)
+
+    return loss
+
+
+def finetune(settings: FinetuneSettings, console: Console | None = None) -> FinetuneResult:
+    """Trains an adapter on frozen weights and writes losses, checkpoints, report, picture and samples.
+
+    Args:
+      settings: what to do.
+      console: where progress and tables are printed; None prints to the standard output.
+
+    Returns:
+      `FinetuneResult`; the folder ``out`` holds ``adapter/``, ``checkpoints/``, ``metrics.jsonl``, ``held_out.jsonl``,
+      ``report.json``, ``report.png`` and ``samples.json``.
+
+    Raises:
+      ValueError: bad settings, model or data; or settings other than those of the run that is resumed.
+      FloatingPointError: a loss or gradient that is not finite; the last checkpoint is of a step before it.
+      OSError: a file that could not be written.
+    """
+    started = time.monotonic()
+    console = console or Console()
+    for name in ("steps", "eval_windows", "sample_tokens"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
+    tx = make_optimizer(
+        settings.lr, settings.steps, schedule=settings.schedule, warmup=settings.warmup,
+        weight_decay=settings.weight_decay, clip=settings.clip,
+    )
+    model = load_model(settings.model, settings.format, settings.group, settings.dtype)
+    if model.kind != "causal":
+        raise ValueError(f"{settings.model} is an encoder; finetune trains decoders on the next token")
+    if model.tokenizer is None:
+        raise ValueError(f"{settings.model} has no tokenizer, which the data needs")
+    train, held_out = data_.load(
+        settings.data, model.tokenizer, settings.seq, context=model.config.max_positions,
+        held_out=settings.held_out, too_long=settings.too_long,
+    )
+    held_out = data_.take(held_out, slice(settings.eval_windows))
+    loader = data_.Loader(train, settings.batch, settings.seed)
+    alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
+    adapter = adapters.lora(rank=settings.rank, alpha=alpha, targets=settings.targets, dropout=settings.dropout)
+    frozen = model.params
+    # A function, because a training step donates its state.
+    def new_theta() -> Any:
+        return adapter.init(jax.random.key(settings.seed), frozen)
+
+    out = Path(settings.resume or settings.out or f"runs/{Path(settings.model).stem}-{settings.adapter}")
+    recorded = dataclasses.asdict(settings) | {
+        "targets": list(settings.targets),
+        "dtype": str(frozen["norm"]["scale"].dtype),
+        "data_sha256": data_.digest(data_.find(settings.data)),
+    }
+    state = init_state(new_theta(), tx)
+    if settings.resume:
+        checkpoints = Checkpoints(out, keep=settings.keep)
+        state, before_resume = checkpoints.restore(state)
+        check_same(before_resume, recorded, FREE_SETTINGS)
+        console.print(f"resuming after step {int(state.step)} of {settings.steps}")
+    else:
+        if (out / "checkpoints").exists():
+            raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+        checkpoints = Checkpoints(out, keep=settings.keep)
+    done = int(state.step)
+    metrics_log = MetricsLog(out / "metrics.jsonl", done)
+    held_out_log = MetricsLog(out / "held_out.jsonl", done + 1)
+    evaluations = {row["step"]: row for row in read_metrics(held_out_log.path)}
+
+    evaluate = make_evaluate(make_loss(model, adapter, settings, dropout=False))
+
+    def evaluate_at(steps: int, theta: Any) -> None:
+        if steps in evaluations:
+            return
+        with console.status(f"evaluating {len(held_out.inputs)} held-out sequences"):
+            result = evaluate(theta, frozen, held_out, settings.batch)
+        evaluations[steps] = {"step": steps, "nll": result.nll, "tokens": result.tokens}
+        held_out_log.append(evaluations[steps])
+        console.print(f"step {steps}: held-out loss {result.nll:.4f}, perplexity {result.perplexity:.2f}")
+
+    prompt = _prompt(settings, model, held_out)
+    console.print(
+        f"{settings.model}: {nbytes(frozen) / 2**20:.1f} MiB frozen, {nbytes(state.theta) / 2**20:.2f} MiB trained; "
+        f"{len(train.inputs)} training windows of {settings.seq} tokens"
+    )
+    evaluate_at(0, state.theta if done == 0 else new_theta())
+    sample_before = sample(model, frozen, prompt, settings.sample_tokens)
+
+    step = make_step(
+        make_loss(model, adapter, settings, dropout=True), tx, accumulate=settings.accumulate, seed=settings.seed
+    )
+    with console.status("compiling the training step"):
+        compiled = step.lower(state, frozen, loader.batch_at(0)).compile()
+    tokens, seconds = 0.0, 0.0
+    with _progress(console) as progress:
+        bar = progress.add_task("training", total=settings.steps, completed=done, loss=float("nan"), speed=0.0)
+        for i in range(done, settings.steps):
+            begun = time.monotonic()
+            state, metrics = compiled(state, frozen, loader.batch_at(i))
+            check_finite(metrics, i)
+            seconds += time.monotonic() - begun
+            tokens += float(metrics.tokens)
+            loss = float(metrics.loss)
+            metrics_log.append({"step": i, "loss": loss, "grad_norm": float(metrics.grad_norm)})
+            progress.update(bar, completed=i + 1, loss=loss, speed=tokens / seconds)
+            if _due(i + 1, settings.save_every, settings.steps):
+                metrics_log.sync()
+                checkpoints.save(state, recorded)
+            if _due(i + 1, settings.eval_every, settings.steps):
+                evaluate_at(i + 1, state.theta)
+    report = byte_report(
+        frozen,
+        state,
+        compiled_bytes(compiled),
+        llama_activation_bytes(
+            model.config, settings.batch // settings.accumulate, settings.seq, frozen["norm"]["scale"].dtype,
+            remat=settings.remat, chunk=settings.chunk,
+        ),
+        settings.accumulate,
+    )
+    checkpoints.close()
+    adapter.save(out / "adapter", state.theta)
+    sample_after = sample(model, adapter.attach(frozen, state.theta), prompt, settings.sample_tokens)
+    before, after = (Evaluation(evaluations[at]["nll"], evaluations[at]["tokens"]) for at in (0, settings.steps))
+    losses = [row["loss"] for row in read_metrics(metrics_log.path)]
+    result = FinetuneResult(
+        out, state.theta, losses, before, after, report, sample_before, sample_after,
+        tokens / seconds if seconds else 0.0, time.monotonic() - started,
+    )
+    _write(result, recorded, [(row["step"], row["nll"]) for row in evaluations.values()])
+    _show(result, console)
+    return result

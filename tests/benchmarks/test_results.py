@@ -1,0 +1,84 @@
+"""RESULTS.md holds what the recorded files say, and only compares rows of one run."""
+
+import json
+
+import pytest
+
+from benchmarks import results
+
+FACTS = {
+    "device": "Card 9000",
+    "driver": "1.2",
+    "python": "3.12",
+    "versions": {"jax": "0.11.2"},
+    "ceilings": {"matmul_size": 8192, "matmul_tflops": 500.0, "copy_mib": 1, "copy_tb_per_s": 2.5},
+}
+
+
+def row(stack, run="monday", **values):
+    return {
+        "case": f"small/{stack}",
+        "run": run,
+        "shape": "small",
+        "stack": stack,
+        "tokens_per_s": 1000.0,
+        "flops_per_token": 1e11,
+        "median_ms": 10.0,
+        "min_ms": 9.0,
+        "max_ms": 12.0,
+        "peak_gib": 4.0,
+        "peak_after_compile_gib": 3.0,
+        "compiled_gib": 3.9,
+        "compile_s": 20.0,
+        "loss_first": 5.0,
+        "loss_last": 4.5,
+    } | values
+
+
+def render(*rows):
+    runs = {name: FACTS for name in dict.fromkeys(row["run"] for row in rows)}
+    return results.render_suite({"suite": "finetune", "runs": runs, "rows": list(rows)})
+
+
+def line(text, stack):
+    (found,) = [line for line in text.splitlines() if line.startswith(f"| {stack} |")]
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_ratios_are_with_plain_jax_of_the_same_run():
+    text = render(row("plain_jax"), row("memjax", tokens_per_s=990.0, peak_gib=4.04))
+    assert line(text, "memjax")[2] == "0.990" and line(text, "memjax")[6] == "1.010"
+    text = render(row("plain_jax"), row("memjax", run="tuesday"))
+    assert line(text, "memjax")[2] == "-" and line(text, "memjax")[6] == "-"
+
+
+def test_peaks_that_the_step_did_not_set_are_bounds():
+    text = render(row("plain_jax"), row("memjax", peak_after_compile_gib=4.0))
+    assert line(text, "plain_jax")[5] == "4.00" and line(text, "memjax")[5] == "<= 4.00"
+
+
+def test_share_of_the_matmul_ceiling():
+    assert line(render(row("plain_jax")), "plain_jax")[4] == "20 %"
+
+
+def test_failures_are_shown():
+    text = render(row("plain_jax"), {"case": "small/peft", "run": "monday", "error": "RuntimeError: out of memory"})
+    assert "- `small/peft`: RuntimeError: out of memory" in text
+
+
+def test_missing_numbers_are_dashes():
+    assert line(render(row("peft", peak_gib=None, compile_s=None, compiled_gib=None)), "peft")[5:9] == ["-"] * 4
+
+
+def test_page_is_up_to_date():
+    if not results.PAGE.exists():
+        pytest.skip("no results are recorded yet")
+    assert results.PAGE.read_text() == results.render(), "run `make results`"
+
+
+def test_render_reads_every_file(tmp_path):
+    (tmp_path / "card-9000").mkdir()
+    recorded = {"suite": "finetune", "runs": {"monday": FACTS}, "rows": [row("plain_jax")]}
+    (tmp_path / "card-9000" / "finetune.json").write_text(json.dumps(recorded))
+    page = results.render(tmp_path)
+    assert "## card-9000" in page and "Card 9000, driver 1.2" in page and "500 TFLOP/s" in page
