@@ -195,6 +195,8 @@ def _slice(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
+    if (dim := _row_dim(w, [b - a for a, b in zip(start, limit)], mode)) is not None:
+        return [arranged.row(w, start[dim], dim)]
     for dim, size in enumerate(w.shape):
         if (start[dim], limit[dim]) != (0, size) or strides[dim] != 1:
             cut = functools.partial(
@@ -204,8 +206,25 @@ def _slice(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     return [w]
 
 
+def _row_dim(w: Arranged, sizes: Sequence[int], mode: _Mode) -> int | None:
+    """Returns the input or output axis along which a slice of these sizes takes one row, if that is what it does."""
+    cut = [dim for dim, size in enumerate(sizes) if size != w.shape[dim]]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or {f.axis < -w.view.axes.ndim for f in w.dims[cut[0]]} != {False}:
+        return None
+    _record_lookup(w, cut[0], mode)
+    return cut[0]
+
+
+def _record_lookup(w: Arranged, dim: int, mode: _Mode) -> None:
+    if mode.usage is not None:
+        mode.usage.setdefault(w.label, Usage()).lookups.extend(sorted({f.axis for f in w.dims[dim]}))
+        raise UnsupportedError("only recorded")
+
+
 def _dynamic_slice(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     w, *starts = values
+    if (dim := _row_dim(w, eqn.params["slice_sizes"], mode)) is not None:
+        return [arranged.row(w, starts[dim], dim)]
     for dim, size in enumerate(eqn.params["slice_sizes"]):
         if size != w.shape[dim]:
             cut = functools.partial(lax.dynamic_slice_in_dim, start_index=starts[dim], slice_size=size)
@@ -289,10 +308,8 @@ def _gather(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     w, indices = values
     if not isinstance(w, Arranged):
         raise UnsupportedError("it uses the weight as indices")
-    if mode.usage is not None:
-        axes = {f.axis for dim in eqn.params["dimension_numbers"].start_index_map for f in w.dims[dim]}
-        mode.usage.setdefault(w.label, Usage()).lookups.extend(sorted(axes))
-        raise UnsupportedError("only recorded")
+    for dim in eqn.params["dimension_numbers"].start_index_map:
+        _record_lookup(w, dim, mode)
     return [arranged.gather(w, indices, eqn.params)]
 
 
