@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import jax
@@ -39,6 +39,7 @@ class Usage:
 class _Mode:
     allow_dense: bool
     usage: dict[str, Usage] | None = None
+    line: str = ""  # source line of the enclosing call, for equations of library functions, which have none
 
 
 def lift(fn: Callable[..., Any], *, allow_dense: bool = False) -> Callable[..., Any]:
@@ -139,6 +140,7 @@ def _call(jaxpr: Jaxpr, mode: _Mode) -> Callable[..., list[Any]]:
 def _consume(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     name = eqn.primitive.name
     reason = "it has no rule for weight views"
+    mode = replace(mode, line=jaxpr_compat.source_line(eqn) or mode.line)
     rule = _RULES.get(name)
     if rule is not None:
         try:
@@ -147,13 +149,13 @@ def _consume(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
             reason = str(error)
     if mode.allow_dense:
         return jaxpr_compat.bind(eqn, [v.materialize() if isinstance(v, Arranged) else v for v in values])
-    _refuse(eqn, values, reason)
+    _refuse(eqn, values, reason, mode)
 
 
-def _refuse(eqn: JaxprEqn, values: Sequence[Any], reason: str) -> NoReturn:
+def _refuse(eqn: JaxprEqn, values: Sequence[Any], reason: str, mode: _Mode) -> NoReturn:
     weights = ", ".join(f"{v.label} {v.dtype}{list(v.shape)}" for v in values if isinstance(v, Arranged))
     raise TypeError(
-        f"{weights}: `{eqn.primitive.name}` at {jaxpr_compat.source_line(eqn)} takes this weight view, but {reason}. "
+        f"{weights}: `{eqn.primitive.name}` at {mode.line} takes this weight view, but {reason}. "
         "Pass allow_dense=True to lift to materialise the dense weight there."
     )
 
@@ -240,6 +242,13 @@ def _split(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
         parts.append(w.map_batch(eqn.params["axis"], lambda leaf, axis, cut=cut: cut(leaf, axis=axis), True))
         start += size
     return parts
+
+
+def _unstack(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    (w,) = values
+    dim = eqn.params["axis"]
+    picks = [functools.partial(lax.index_in_dim, index=i, keepdims=False) for i in range(w.shape[dim])]
+    return [w.map_batch(dim, lambda leaf, axis, pick=pick: pick(leaf, axis=axis), False) for pick in picks]
 
 
 def _per_leaf(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -365,14 +374,21 @@ def _cond(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     if isinstance(index, Arranged):
         raise UnsupportedError("it branches on the weight")
     branches = [_call(branch, mode) for branch in eqn.params["branches"]]
-    return lax.switch(index, [_no_views(branch, eqn) for branch in branches], *operands)
+    return lax.switch(index, [_no_views(branch, eqn, mode) for branch in branches], *operands)
 
 
-def _no_views(fn: Callable[..., list[Any]], eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def _no_views(
+    fn: Callable[..., list[Any]], eqn: JaxprEqn, mode: _Mode, fixed: Sequence[Any] = ()
+) -> Callable[..., list[Any]]:
+    """Returns a body that may return a view only as a carry that is ``fixed``."""
+
     def checked(*args: Any) -> list[Any]:
         outputs = fn(*args)
-        if any(isinstance(value, Arranged) for value in outputs):
-            _refuse(eqn, outputs, "its body returns it")
+        for i, value in enumerate(outputs):
+            if isinstance(value, Arranged) and (i >= len(fixed) or fixed[i] is None):
+                if not mode.allow_dense:
+                    _refuse(eqn, [value], "its body returns it", mode)
+                outputs[i] = value.materialize()
         return outputs
 
     return checked
@@ -406,7 +422,7 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
                     outputs[i] = None
         return outputs
 
-    run = _no_views_after(collect, fixed, eqn)
+    run = _no_views(collect, eqn, mode, fixed)
 
     def body(carry: Any, x: Any) -> Any:
         carry = [f if f is not None else c for f, c in zip(fixed, carry)]
@@ -420,17 +436,6 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     carry, ys = lax.scan(body, start, scanned, length=loop.length, reverse=loop.reverse, unroll=loop.unroll)
     ys = [handed_on.get(i, y) for i, y in enumerate(ys)]
     return [*(f if f is not None else c for f, c in zip(fixed, carry)), *ys]
-
-
-def _no_views_after(fn: Callable[..., list[Any]], fixed: list[Any], eqn: JaxprEqn) -> Callable[..., list[Any]]:
-    def checked(*args: Any) -> list[Any]:
-        outputs = fn(*args)
-        for i, value in enumerate(outputs):
-            if isinstance(value, Arranged) and (i >= len(fixed) or fixed[i] is None):
-                _refuse(eqn, [value], "its body returns it")
-        return outputs
-
-    return checked
 
 
 @dataclass(frozen=True)
@@ -476,7 +481,7 @@ def _while(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     fixed = [v if same and isinstance(v, Arranged) else None for v, same in zip(init, invariant)]
     if any(isinstance(v, Arranged) and f is None for v, f in zip(init, fixed)):
         raise UnsupportedError("it is a loop carry that the body changes")
-    run = _no_views_after(_call(loop.body, mode), fixed, eqn)
+    run = _no_views(_call(loop.body, mode), eqn, mode, fixed)
 
     def full(carry: Any) -> list[Any]:
         return [f if f is not None else c for f, c in zip(fixed, carry)]
@@ -512,7 +517,7 @@ def _shard_map(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
                 dims = tuple(own.dims[axis + value.ndim] for axis in permutation)
                 value = Arranged(value, dims, outer.casts, outer.label)
             rebuilt.append(value)
-        return tuple(_no_views(_call(parts.body, mode), eqn)(*rebuilt))
+        return tuple(_no_views(_call(parts.body, mode), eqn, mode)(*rebuilt))
 
     outputs = jax.shard_map(
         body,
@@ -553,6 +558,7 @@ _RULES: dict[str, _Rule] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "unstack": _unstack,
     "copy": _per_leaf,
     "copy_p": _per_leaf,
     "name": _per_leaf,

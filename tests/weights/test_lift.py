@@ -72,9 +72,9 @@ PROGRAMS = {
     "scan with outputs": (STACK, stacked_outputs),
     "scan over the second axis of a stack": (
         array(3, 2, 3, 8, 8) / 3,
-        lambda w, x: lax.scan(lambda c, w: (jnp.tanh(jnp.einsum("...d,ndf->...f", c, w)), None), x, w.swapaxes(0, 1))[
-            0
-        ],
+        lambda w, x: lax.scan(
+            lambda c, w: (jnp.tanh(jnp.einsum("bd,ndf->nbf", c, w)).mean(0), None), x, w.swapaxes(0, 1)
+        )[0],
     ),
     "nested scans": (array(3, 2, 3, 8, 8) / 3, loop(lambda w, x: loop(layer)(w, x))),
     "fori_loop": (STACK, fori),
@@ -128,7 +128,7 @@ def test_values_equal_the_dense_program(name):
 
 def test_vmap_outside_batches_views_as_it_batches_arrays():
     build, theta = builder("lora on packed", STACK), factors(5, STACK.shape)
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), theta)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf / 4, leaf / 2]), theta)
 
     def run(program, theta, x):
         return jax.vmap(lambda theta: jax.grad(lambda x: jnp.sum(program(build(theta), x)))(x))(theta)
@@ -340,8 +340,8 @@ def test_a_keyword_argument_is_named():
 @pytest.mark.parametrize("kind", KINDS)
 def test_unflattening_never_validates(kind):
     v = view(kind, STACK)
-    assert jax.tree.structure(jax.tree.map(lambda _: None, v), is_leaf=lambda x: x is None) == jax.tree.structure(v)
-    assert all(type(leaf) is object for leaf in jax.tree.leaves(jax.tree.map(lambda _: object(), v)))
+    assert jax.tree.leaves(jax.tree.map(lambda _: None, v)) == []
+    assert jax.tree.structure(jax.tree.map(lambda _: object(), v)) == jax.tree.structure(v)
     abstract = jax.eval_shape(lambda v: v, v)
     assert (abstract.shape, abstract.dtype, abstract.nbytes) == (v.shape, v.dtype, v.nbytes)
     one = jax.tree.map(lambda leaf: leaf[1], v)
