@@ -291,7 +291,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[Lora, Theta]:
         settings["axes"] = {pattern: tuple(map(tuple, pair)) for pattern, pair in settings["axes"].items()}
         adapter = lora(init="kaiming" if init == "callable" else init, **settings)
         tensors = load_file(folder / "adapter.safetensors")
-    except (SafetensorError, ValueError, TypeError, KeyError) as problem:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as problem:
         raise ValueError(f"{folder} is not a readable LoRA adapter: {problem}") from None
     theta: Theta = {}
     for name, tensor in tensors.items():
