@@ -409,7 +409,15 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     if any(isinstance(v, Arranged) and f is None for v, f in zip(init, fixed)):
         raise UnsupportedError("it is a loop carry that the body changes")
 
-    sliced = [_ScanInput.of(x) if isinstance(x, Arranged) else None for x in xs]
+    sliced: list[_ScanInput | None] = [None] * len(xs)
+    for i, x in enumerate(xs):
+        if isinstance(x, Arranged):
+            try:
+                sliced[i] = _ScanInput.of(x)
+            except UnsupportedError:
+                if not mode.allow_dense:
+                    raise
+                xs[i] = x.materialize()
     handed_on: dict[int, Arranged] = {}
 
     def collect(*args: Any) -> list[Any]:
