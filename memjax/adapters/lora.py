@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.codecs import Codec, error
+from memjax.core.files import replacing
 from memjax.core.paths import expand_braces, leaf_paths, lookup, map_with_path, select
 from memjax.core.views import Axes, WeightView, is_view
 from memjax.weights import Adapted, Dense, LowRank, PackedWeight, axes_of
@@ -92,7 +92,7 @@ class Lora:
         """Returns ``params`` with an adapted view at every path of ``theta``; nothing is copied.
 
         Args:
-          params: the frozen tree.
+          params: the frozen tree; deltas that other adapters attached to it stay.
           theta: trained factors of `init`.
           key: random key for dropout; None (as in evaluation) drops nothing. Under shard_map or pmap fold the
             device's index into it, or every shard drops alike.
@@ -108,13 +108,14 @@ class Lora:
             if path not in theta:
                 return leaf
             a, b = theta[path]["a"], theta[path]["b"]
-            base = leaf if is_view(leaf) else Dense(leaf, self._axes(path, leaf))
+            base, others = (leaf.base, leaf.deltas) if isinstance(leaf, Adapted) else (leaf, ())
+            base = base if is_view(base) else Dense(base, self._axes(path, base))
             check_factors(path, base, a, b)
             words = None
             if key is not None and self.dropout:
                 leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 words = jax.random.bits(leaf_key, (*base.shape[: base.batch_ndim], 2), jnp.uint32)
-            return Adapted(base, (LowRank(a, b, self.scale(path, a.shape[-1]), self.dropout, words),))
+            return Adapted(base, (*others, LowRank(a, b, self.scale(path, a.shape[-1]), self.dropout, words)))
 
         return map_with_path(adapt, params)
 
@@ -122,7 +123,7 @@ class Lora:
         """Adds the delta into the weights, one leaf at a time.
 
         Args:
-          params: the frozen tree.
+          params: the frozen tree; deltas that are attached to the same leaves are added too.
           theta: trained factors.
           to: ``"same"`` keeps each leaf's format (packed weights are encoded again), ``"dense"`` makes dense arrays,
             a codec encodes every merged leaf.
@@ -140,7 +141,7 @@ class Lora:
         def fold(path: str, leaf: Any) -> Any:
             if not (isinstance(leaf, Adapted) and path in theta):
                 return leaf
-            exact = leaf.astype(jnp.float32).materialize()
+            exact = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).materialize()
             if not bool(jnp.isfinite(exact).all()):
                 raise ValueError(f"{path}: the merged weight is not finite")
             codec, group_axes = to, leaf.axes.inputs
@@ -151,7 +152,7 @@ class Lora:
                 report[path] = MergeError(*map(float, error(exact, packed)))
                 return PackedWeight(packed, leaf.axes)
             merged = exact.astype(leaf.dtype)
-            off = jnp.abs(exact - merged.astype(jnp.float32))
+            off = jnp.abs(exact - merged.astype(exact.dtype))
             norm = jnp.linalg.norm(exact)
             report[path] = MergeError(
                 float(jnp.max(off)), float(jnp.where(norm == 0, 0.0, jnp.linalg.norm(off) / norm))
@@ -173,7 +174,7 @@ class Lora:
           folder: made if missing.
           theta: trained factors.
         """
-        from safetensors.numpy import save as to_bytes
+        from safetensors.numpy import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +194,10 @@ class Lora:
             "axes": {pattern: [list(group) for group in _pair(entry)] for pattern, entry in self.axes.items()},
             "dtype": jnp.dtype(self.dtype).name,
         }
-        _replace(folder / "adapter.safetensors", to_bytes(tensors, metadata={"format": FORMAT}))
-        _replace(folder / "adapter.json", json.dumps(settings, indent=2).encode())
+        with replacing(folder / "adapter.safetensors") as file:
+            save_file(tensors, file, metadata={"format": FORMAT})
+        with replacing(folder / "adapter.json") as file:
+            file.write_text(json.dumps(settings, indent=2))
 
     def _targets(self, params: Any) -> list[str]:
         patterns = [self.targets] if isinstance(self.targets, str) else list(self.targets)
@@ -288,7 +291,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[Lora, Theta]:
         settings["axes"] = {pattern: tuple(map(tuple, pair)) for pattern, pair in settings["axes"].items()}
         adapter = lora(init="kaiming" if init == "callable" else init, **settings)
         tensors = load_file(folder / "adapter.safetensors")
-    except (SafetensorError, ValueError, TypeError, KeyError) as problem:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as problem:
         raise ValueError(f"{folder} is not a readable LoRA adapter: {problem}") from None
     theta: Theta = {}
     for name, tensor in tensors.items():
@@ -318,16 +321,3 @@ def check_factors(path: str, base: WeightView, a: jax.Array, b: jax.Array) -> No
 def _pair(entry: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     inputs, outputs = ((group,) if isinstance(group, int) else tuple(group) for group in entry)
     return inputs, outputs
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -29,7 +29,7 @@ def _key_name(key: Any) -> str:
 def path_name(keys: Sequence[Any]) -> str:
     """Returns the logical path of a jax key path, such as ``layers/mlp/up_proj/kernel``."""
     names = [_key_name(key).lstrip(".") for key in keys]
-    if len(names) > 1 and names[-1] in ("value", "raw_value"):
+    if len(names) > 1 and names[-1] in ("value", "raw_value") and hasattr(keys[-1], "name"):
         names = names[:-1]
     return "/".join(names)
 

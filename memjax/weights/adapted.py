@@ -35,7 +35,7 @@ class Delta(abc.ABC):
 
     @abc.abstractmethod
     def materialize(self, axes: Axes) -> jax.Array:
-        """Returns the dense float32 delta in the axis order of the base."""
+        """Returns the dense delta, float32 or wider, in the axis order of the base."""
 
     @abc.abstractmethod
     def specs(self, spec: tuple[Any, ...], axes: Axes) -> Any:
@@ -110,9 +110,10 @@ class LowRank(Delta):
 
     def materialize(self, axes: Axes) -> jax.Array:
         n = self._batch_ndim(axes)
+        dtype = jnp.promote_types(self.a.dtype, jnp.float32)
         delta = product(
-            self.a.astype(jnp.float32),
-            self.b.astype(jnp.float32),
+            self.a.astype(dtype),
+            self.b.astype(dtype),
             contract=(-1 - len(axes.outputs),),
             batch_ndim=n,
             precision=lax.Precision.HIGHEST,
@@ -201,7 +202,7 @@ class Adapted(WeightView):
         return y
 
     def materialize(self) -> jax.Array:
-        total = self.base.astype(jnp.float32).materialize()
+        total = self.base.astype(jnp.promote_types(self.dtype, jnp.float32)).materialize()
         for delta in self.deltas:
             total = total + delta.materialize(self.axes)
         return total.astype(self.dtype)

@@ -85,7 +85,20 @@ class Arranged:
                 else:
                     raise UnsupportedError(f"a reshape from {self.shape} to {tuple(shape)} mixes axes unevenly")
             dims.append(tuple(_merge(dim)))
-        return replace(self, dims=tuple(dims))
+        return replace(self, dims=tuple(dims))._without_hidden_batch()
+
+    def _without_hidden_batch(self) -> Arranged:
+        """Squeezes batch axes of size 1 that no dimension shows any more."""
+        shown = {factor.axis for dim in self.dims for factor in dim}
+        batch = range(-self.view.ndim, -self.view.axes.ndim)
+        hidden = [axis for axis in batch if self.view.shape[axis] == 1 and axis not in shown]
+        if not hidden:
+            return self
+        view = jax.tree.map(lambda leaf: leaf.squeeze(tuple(axis + self.view.ndim for axis in hidden)), self.view)
+        dims = tuple(
+            tuple(f._replace(axis=f.axis + sum(f.axis < axis for axis in hidden)) for f in dim) for dim in self.dims
+        )
+        return replace(self, view=view, dims=dims)
 
     def batch_axis(self, dim: int) -> int:
         """Returns the view's (negative) batch axis that dimension ``dim`` is, whole; else raises."""
@@ -264,17 +277,30 @@ def gather(w: Arranged, indices: jax.Array, params: dict[str, Any]) -> jax.Array
                 dim, lambda leaf, axis: lax.dynamic_index_in_dim(leaf, indices, axis, keepdims=False), False
             )
         raise UnsupportedError("it gathers several slices of a stack at once")
-    if w.view.batch_ndim:
-        raise UnsupportedError("it looks up rows of a stack of weights at once")
-    axis = w.permutation()[dim]
-    rows = w.view.take(indices, axis=axis, casts=w.casts)
+    rows = _rows(w, indices, dim)
     if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
         rows = jnp.where(inside.reshape(inside.shape + (1,) * (rows.ndim - inside.ndim)), rows, fill)
+    return jnp.moveaxis(rows, range(indices.ndim, rows.ndim), numbers.offset_dims)
+
+
+def row(w: Arranged, index: Any, dim: int) -> jax.Array:
+    """Evaluates a slice of size 1 along an input or output axis: the lookup of one row, its axis kept."""
+    index = jnp.clip(index, 0, w.shape[dim] - 1)
+    return jnp.expand_dims(_rows(w, jnp.asarray(index), dim), dim)
+
+
+def _rows(w: Arranged, indices: jax.Array, dim: int) -> jax.Array:
+    """Looks up slices along dimension ``dim``; returns ``[*indices.shape, *other dimensions]``."""
+    if w.view.batch_ndim:
+        raise UnsupportedError("it looks up rows of a stack of weights at once")
+    axis = w.permutation()[dim]
+    if (axis,) not in w.view.axes:
+        raise UnsupportedError(f"it looks up along axis {axis}, one of several input or output axes ({w.view.axes})")
+    rows = w.view.take(indices, axis=axis, casts=w.casts)
     kept = [a for a in range(-w.view.ndim, 0) if a != axis]
     wanted = [a for i, a in enumerate(w.permutation()) if i != dim]
-    rows = rows.transpose([*range(indices.ndim), *(indices.ndim + kept.index(a) for a in wanted)])
-    return jnp.moveaxis(rows, range(indices.ndim, rows.ndim), numbers.offset_dims)
+    return rows.transpose([*range(indices.ndim), *(indices.ndim + kept.index(a) for a in wanted)])
 
 
 def conv(x: jax.Array, w: Arranged, params: dict[str, Any]) -> jax.Array:

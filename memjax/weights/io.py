@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -14,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.codecs import Gguf, Grouped, Packed
+from memjax.core.files import replacing
 from memjax.core.paths import leaf_paths
-from memjax.core.views import Axes, is_view
+from memjax.core.views import is_view, make_axes
 from memjax.weights.packed import PackedWeight
 
 FORMAT = "memjax-weights-1"
@@ -33,12 +32,15 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
 
     Raises:
       TypeError: a leaf that is neither an array nor a packed weight (save an adapter with the adapter's own save).
+      ValueError: a path with a ``#``, which separates a weight from its parts in the file.
     """
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
     formats: dict[str, Any] = {}
     for name, leaf in leaf_paths(params):
+        if "#" in name:
+            raise ValueError(f"{name}: a path cannot be saved with a '#' in it")
         if isinstance(leaf, PackedWeight):
             packed = leaf.packed
             formats[name] = {
@@ -60,16 +62,9 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
             raise TypeError(f"{name}: expected an array or a packed weight to save, got {type(leaf).__name__}")
         else:
             tensors[name] = np.asarray(leaf)
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT, "packed": json.dumps(formats)})
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,27 +83,33 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise ValueError(f"{path}: expected format {FORMAT!r}, found {metadata.get('format')!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             formats = json.loads(metadata["packed"])
-    except SafetensorError as problem:
-        raise ValueError(f"{path}: not a readable safetensors file ({problem})") from None
+            if not isinstance(formats, dict):
+                raise ValueError(f"{path}: expected a table of formats, found {formats!r}")
+    except (SafetensorError, KeyError, json.JSONDecodeError) as problem:
+        raise ValueError(f"{path}: not a readable file of weights ({problem})") from None
     params: dict[str, Any] = {}
     for name in [*formats, *(name for name in tensors if "#" not in name)]:
         *parents, last = name.split("/")
         place = params
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path}: {name} lies inside another leaf")
+        if last in place:
+            raise ValueError(f"{path}: other leaves lie inside {name}")
         if name in formats:
             place[last] = jax.tree.map(jnp.asarray, _packed(str(path), name, formats[name], tensors))
         else:
-            place[last] = jnp.asarray(tensors[name])
+            place[last] = jnp.asarray(tensors.pop(name))
+    stray = [name for name in tensors if name.partition("#")[0] not in formats]
+    if stray:
+        raise ValueError(f"{path}: {stray} are parts of packed weights whose format is not recorded")
     return params
 
 
 def _packed(path: str, name: str, recorded: dict[str, Any], tensors: dict[str, Any]) -> PackedWeight:
-    kind = _CODECS.get(recorded.get("codec", ""))
-    if kind is None:
-        raise ValueError(f"{path}: {name} has the unknown codec {recorded.get('codec')!r}")
     try:
-        codec = kind(**recorded["settings"])
+        codec = _CODECS[recorded["codec"]](**recorded["settings"])
         planes = tuple(tensors[f"{name}#plane{i}"] for i in range(sum(k.startswith(f"{name}#plane") for k in tensors)))
         packed = Packed(
             planes,
@@ -118,7 +119,7 @@ def _packed(path: str, name: str, recorded: dict[str, Any], tensors: dict[str, A
             tuple(recorded["group_axes"]),
             jnp.dtype(recorded["dtype"]),
         )
-        axes = Axes(tuple(recorded["inputs"]), tuple(recorded["outputs"]))
+        axes = make_axes(recorded["inputs"], recorded["outputs"], packed.ndim)
         expected = jax.eval_shape(lambda: codec.encode(jnp.zeros(packed.shape, packed.dtype), packed.axes))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
         raise ValueError(f"{path}: {name} does not fit its recorded format {recorded}: {problem}") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import jax
@@ -39,13 +39,15 @@ class Usage:
 class _Mode:
     allow_dense: bool
     usage: dict[str, Usage] | None = None
+    line: str = ""  # source line of the enclosing call, for equations of library functions, which have none
 
 
 def lift(fn: Callable[..., Any], *, allow_dense: bool = False) -> Callable[..., Any]:
     """Returns ``fn`` such that any array in its arguments may be a weight view.
 
     Works for every pure function of arrays, whatever framework it comes from, and composes with jit, grad, vmap, scan,
-    checkpoint, shard_map and pmap, inside and outside. Arguments that are not arrays are static.
+    checkpoint, shard_map and pmap, inside and outside. Arguments that are not arrays, Python numbers included, reach
+    ``fn`` as they are.
 
     Args:
       fn: the function; called as before.
@@ -109,7 +111,7 @@ def _is_weight(x: Any) -> bool:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | int | float | complex | bool) or (hasattr(x, "shape") and hasattr(x, "dtype"))
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], mode: _Mode) -> list[Any]:
@@ -138,6 +140,7 @@ def _call(jaxpr: Jaxpr, mode: _Mode) -> Callable[..., list[Any]]:
 def _consume(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     name = eqn.primitive.name
     reason = "it has no rule for weight views"
+    mode = replace(mode, line=jaxpr_compat.source_line(eqn) or mode.line)
     rule = _RULES.get(name)
     if rule is not None:
         try:
@@ -146,13 +149,13 @@ def _consume(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
             reason = str(error)
     if mode.allow_dense:
         return jaxpr_compat.bind(eqn, [v.materialize() if isinstance(v, Arranged) else v for v in values])
-    _refuse(eqn, values, reason)
+    _refuse(eqn, values, reason, mode)
 
 
-def _refuse(eqn: JaxprEqn, values: Sequence[Any], reason: str) -> NoReturn:
+def _refuse(eqn: JaxprEqn, values: Sequence[Any], reason: str, mode: _Mode) -> NoReturn:
     weights = ", ".join(f"{v.label} {v.dtype}{list(v.shape)}" for v in values if isinstance(v, Arranged))
     raise TypeError(
-        f"{weights}: `{eqn.primitive.name}` at {jaxpr_compat.source_line(eqn)} takes this weight view, but {reason}. "
+        f"{weights}: `{eqn.primitive.name}` at {mode.line} takes this weight view, but {reason}. "
         "Pass allow_dense=True to lift to materialise the dense weight there."
     )
 
@@ -174,8 +177,7 @@ def _reshape(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
 
 def _squeeze(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     (w,) = values
-    gone = {axis % len(w.dims) for axis in eqn.params["dimensions"]}
-    return [w.transpose([i for i in range(len(w.dims)) if i not in gone])]
+    return [w.reshape([size for i, size in enumerate(w.shape) if i not in eqn.params["dimensions"]])]
 
 
 def _broadcast_in_dim(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -195,6 +197,8 @@ def _slice(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     (w,) = values
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
+    if (dim := _row_dim(w, [b - a for a, b in zip(start, limit)], mode)) is not None:
+        return [arranged.row(w, start[dim], dim)]
     for dim, size in enumerate(w.shape):
         if (start[dim], limit[dim]) != (0, size) or strides[dim] != 1:
             cut = functools.partial(
@@ -204,8 +208,25 @@ def _slice(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     return [w]
 
 
+def _row_dim(w: Arranged, sizes: Sequence[int], mode: _Mode) -> int | None:
+    """Returns the input or output axis along which a slice of these sizes takes one row, if that is what it does."""
+    cut = [dim for dim, size in enumerate(sizes) if size != w.shape[dim]]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or {f.axis < -w.view.axes.ndim for f in w.dims[cut[0]]} != {False}:
+        return None
+    _record_lookup(w, cut[0], mode)
+    return cut[0]
+
+
+def _record_lookup(w: Arranged, dim: int, mode: _Mode) -> None:
+    if mode.usage is not None:
+        mode.usage.setdefault(w.label, Usage()).lookups.extend(sorted({f.axis for f in w.dims[dim]}))
+        raise UnsupportedError("only recorded")
+
+
 def _dynamic_slice(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     w, *starts = values
+    if (dim := _row_dim(w, eqn.params["slice_sizes"], mode)) is not None:
+        return [arranged.row(w, starts[dim], dim)]
     for dim, size in enumerate(eqn.params["slice_sizes"]):
         if size != w.shape[dim]:
             cut = functools.partial(lax.dynamic_slice_in_dim, start_index=starts[dim], slice_size=size)
@@ -223,6 +244,13 @@ def _split(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     return parts
 
 
+def _unstack(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    (w,) = values
+    dim = eqn.params["axis"]
+    picks = [functools.partial(lax.index_in_dim, index=i, keepdims=False) for i in range(w.shape[dim])]
+    return [w.map_batch(dim, lambda leaf, axis, pick=pick: pick(leaf, axis=axis), False) for pick in picks]
+
+
 def _per_leaf(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     """For equations that are the identity on values: applies them to every stored leaf."""
     outputs = []
@@ -230,6 +258,15 @@ def _per_leaf(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
         bound = jax.tree.map(lambda leaf: jaxpr_compat.bind(eqn, [leaf])[0], value)
         outputs.append(bound)
     return outputs
+
+
+def _reduce_precision(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    """The identity that checkpoint policies put behind what they save; a true change of precision has no rule."""
+    (w,) = values
+    format = jnp.finfo(w.dtype)
+    if (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) != (format.nexp, format.nmant):
+        raise UnsupportedError("it reduces the precision of the weight")
+    return [w]
 
 
 def _barrier(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -280,10 +317,8 @@ def _gather(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     w, indices = values
     if not isinstance(w, Arranged):
         raise UnsupportedError("it uses the weight as indices")
-    if mode.usage is not None:
-        axes = {f.axis for dim in eqn.params["dimension_numbers"].start_index_map for f in w.dims[dim]}
-        mode.usage.setdefault(w.label, Usage()).lookups.extend(sorted(axes))
-        raise UnsupportedError("only recorded")
+    for dim in eqn.params["dimension_numbers"].start_index_map:
+        _record_lookup(w, dim, mode)
     return [arranged.gather(w, indices, eqn.params)]
 
 
@@ -312,15 +347,26 @@ def _jit(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     return _call(eqn.params["jaxpr"], mode)(*values)
 
 
+def _eval_jaxpr(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    return _call(jaxpr_compat.body_of(eqn), mode)(*values)
+
+
 def _custom(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
+    if mode.usage is not None:
+        return _call(jaxpr_compat.body_of(eqn), mode)(*values)
     raise UnsupportedError(
         "a function with a custom derivative takes it; register a rule for it with memjax.core.operation"
     )
 
 
 def _checkpoint(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
-    body = _call(eqn.params["jaxpr"], mode)
-    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*values)
+    body, prevent_cse = _call(eqn.params["jaxpr"], mode), eqn.params["prevent_cse"]
+    if isinstance(prevent_cse, bool):
+        prevent_cse = (prevent_cse,) * len(values)
+    if eqn.params["differentiated"]:  # an inner gradient recomputes here; XLA must not merge that with the original
+        barred = iter(lax.optimization_barrier([v for v, bar in zip(values, prevent_cse) if bar]))
+        values = [next(barred) if bar else v for v, bar in zip(values, prevent_cse)]
+    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=prevent_cse)(*values)
 
 
 def _cond(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -328,14 +374,21 @@ def _cond(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     if isinstance(index, Arranged):
         raise UnsupportedError("it branches on the weight")
     branches = [_call(branch, mode) for branch in eqn.params["branches"]]
-    return lax.switch(index, [_no_views(branch, eqn) for branch in branches], *operands)
+    return lax.switch(index, [_no_views(branch, eqn, mode) for branch in branches], *operands)
 
 
-def _no_views(fn: Callable[..., list[Any]], eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def _no_views(
+    fn: Callable[..., list[Any]], eqn: JaxprEqn, mode: _Mode, fixed: Sequence[Any] = ()
+) -> Callable[..., list[Any]]:
+    """Returns a body that may return a view only as a carry that is ``fixed``."""
+
     def checked(*args: Any) -> list[Any]:
         outputs = fn(*args)
-        if any(isinstance(value, Arranged) for value in outputs):
-            _refuse(eqn, outputs, "its body returns it")
+        for i, value in enumerate(outputs):
+            if isinstance(value, Arranged) and (i >= len(fixed) or fixed[i] is None):
+                if not mode.allow_dense:
+                    _refuse(eqn, [value], "its body returns it", mode)
+                outputs[i] = value.materialize()
         return outputs
 
     return checked
@@ -356,8 +409,28 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     if any(isinstance(v, Arranged) and f is None for v, f in zip(init, fixed)):
         raise UnsupportedError("it is a loop carry that the body changes")
 
-    sliced = [_ScanInput.of(x) if isinstance(x, Arranged) else None for x in xs]
-    run = _no_views_after(_call(loop.body, mode), fixed, eqn)
+    sliced: list[_ScanInput | None] = [None] * len(xs)
+    for i, x in enumerate(xs):
+        if isinstance(x, Arranged):
+            try:
+                sliced[i] = _ScanInput.of(x)
+            except UnsupportedError:
+                if not mode.allow_dense:
+                    raise
+                xs[i] = x.materialize()
+    handed_on: dict[int, Arranged] = {}
+
+    def collect(*args: Any) -> list[Any]:
+        outputs = _call(loop.body, mode)(*args)
+        slices = args[loop.n_consts + loop.n_carry :]
+        for i in range(loop.n_carry, len(outputs)):
+            for source, x in zip(sliced, slices):
+                if source is not None and isinstance(outputs[i], Arranged) and outputs[i].view is x.view:
+                    handed_on[i - loop.n_carry] = source.stack(outputs[i])
+                    outputs[i] = None
+        return outputs
+
+    run = _no_views(collect, eqn, mode, fixed)
 
     def body(carry: Any, x: Any) -> Any:
         carry = [f if f is not None else c for f, c in zip(fixed, carry)]
@@ -369,39 +442,41 @@ def _scan(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     start = [None if f is not None else c for f, c in zip(fixed, init)]
     scanned = [s.leaves if s is not None else x for s, x in zip(sliced, xs)]
     carry, ys = lax.scan(body, start, scanned, length=loop.length, reverse=loop.reverse, unroll=loop.unroll)
+    ys = [handed_on.get(i, y) for i, y in enumerate(ys)]
     return [*(f if f is not None else c for f, c in zip(fixed, carry)), *ys]
-
-
-def _no_views_after(fn: Callable[..., list[Any]], fixed: list[Any], eqn: JaxprEqn) -> Callable[..., list[Any]]:
-    def checked(*args: Any) -> list[Any]:
-        outputs = fn(*args)
-        for i, value in enumerate(outputs):
-            if isinstance(value, Arranged) and (i >= len(fixed) or fixed[i] is None):
-                _refuse(eqn, [value], "its body returns it")
-        return outputs
-
-    return checked
 
 
 @dataclass(frozen=True)
 class _ScanInput:
-    """A view that a scan slices along its batch axis ``dims[0]``."""
+    """A view that a scan slices along its batch axis ``dims[0]``.
+
+    Attributes:
+      leaves: the view with that axis in front.
+      template: how the program holds the view.
+    """
 
     leaves: Any
     template: Arranged
 
     @staticmethod
     def of(w: Arranged) -> _ScanInput:
+        if not w.dims[0]:
+            return _ScanInput(jax.tree.map(lambda leaf: leaf[None], w.view), w)
         axis = w.view.ndim + w.batch_axis(0)
         leaves = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), w.view) if axis else w.view
         return _ScanInput(leaves, w)
 
     def rebuild(self, view: Any) -> Arranged:
-        gone = self.template.dims[0][0].axis
+        gone = self.template.dims[0][0].axis if self.template.dims[0] else -self.leaves.ndim
         dims = tuple(
             tuple(f._replace(axis=f.axis + 1) if f.axis < gone else f for f in dim) for dim in self.template.dims[1:]
         )
         return Arranged(view, dims, self.template.casts, self.template.label)
+
+    def stack(self, slice: Arranged) -> Arranged:
+        """Returns what the scan stacks when its body hands on a rearranged slice: the whole view, not copied."""
+        front = Factor(-self.leaves.ndim, self.leaves.shape[0], 1)
+        return Arranged(self.leaves, ((front,), *slice.dims), slice.casts, slice.label)
 
 
 def _while(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -414,7 +489,7 @@ def _while(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     fixed = [v if same and isinstance(v, Arranged) else None for v, same in zip(init, invariant)]
     if any(isinstance(v, Arranged) and f is None for v, f in zip(init, fixed)):
         raise UnsupportedError("it is a loop carry that the body changes")
-    run = _no_views_after(_call(loop.body, mode), fixed, eqn)
+    run = _no_views(_call(loop.body, mode), eqn, mode, fixed)
 
     def full(carry: Any) -> list[Any]:
         return [f if f is not None else c for f, c in zip(fixed, carry)]
@@ -450,7 +525,7 @@ def _shard_map(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
                 dims = tuple(own.dims[axis + value.ndim] for axis in permutation)
                 value = Arranged(value, dims, outer.casts, outer.label)
             rebuilt.append(value)
-        return tuple(_no_views(_call(parts.body, mode), eqn)(*rebuilt))
+        return tuple(_no_views(_call(parts.body, mode), eqn, mode)(*rebuilt))
 
     outputs = jax.shard_map(
         body,
@@ -491,17 +566,20 @@ _RULES: dict[str, _Rule] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "unstack": _unstack,
     "copy": _per_leaf,
     "copy_p": _per_leaf,
     "name": _per_leaf,
     "stop_gradient": _per_leaf,
     "pvary": _per_leaf,
+    "reduce_precision": _reduce_precision,
     "optimization_barrier": _barrier,
     "sharding_constraint": _constrain,
     "dot_general": _dot_general,
     "gather": _gather,
     "conv_general_dilated": _conv,
     "jit": _jit,
+    "eval_jaxpr": _eval_jaxpr,
     "custom_jvp_call": _custom,
     "custom_vjp_call": _custom,
     "checkpoint": _checkpoint,
