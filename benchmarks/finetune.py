@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.shapes import LLAMAS, Llama
 
 RANK, ALPHA, LEARNING_RATE, SEED = 16, 32.0, 1e-4, 0
-CHUNK = 1024  # tokens whose logits exist at a time
+CHUNK = 512  # tokens whose logits exist at a time
 WARMUP, REPEATS = 2, 10
 
 
@@ -90,7 +90,8 @@ def build_memjax(config: Llama, attention: str, *, packed: bool) -> harness.Work
 
     def loss_of_params(params: Any, tokens: Any) -> tuple[Any, Any]:
         x = model.hidden(params, tokens[:, :-1], remat="full", attention=attention)
-        return chunked_cross_entropy(x, model.head(params), tokens[:, 1:], chunk=CHUNK)
+        weight, axis = model.head(params)
+        return chunked_cross_entropy(x, weight, tokens[:, 1:], head_axis=axis, chunk=CHUNK)
 
     def loss_fn(theta: Any, frozen: Any, tokens: Any, key: Any) -> tuple[Any, Any]:
         return mj.lift(loss_of_params)(adapter.attach(frozen, theta), tokens)

@@ -38,11 +38,11 @@ def seed_words(seed: Any) -> tuple[jax.Array, jax.Array]:
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         low, high = int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF
         words = [np.uint32(low), np.uint32(high)] if high else [np.uint32(low)]
-    elif jnp.issubdtype(getattr(seed, "dtype", None), jax.dtypes.prng_key):
+    elif hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         if seed.shape:
             raise ValueError(f"expected one random key, got keys of shape {seed.shape}")
         words = list(jax.random.key_data(seed).reshape(-1).astype(jnp.uint32))
-    elif jnp.issubdtype(getattr(seed, "dtype", None), jnp.integer):
+    elif hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jnp.integer):
         if seed.ndim > 1:
             raise ValueError(f"expected a scalar seed or seed words [n], got shape {seed.shape}")
         words = list(jnp.asarray(seed).reshape(-1).astype(jnp.uint32))
@@ -149,14 +149,14 @@ def pack(codes: jax.Array, bits: int, axis: int, block: int) -> tuple[jax.Array,
     return tuple(planes)
 
 
-def unpack(planes: tuple[jax.Array, ...], bits: int, axis: int, block: int) -> jax.Array:
+def unpack(planes: tuple[jax.Array | np.ndarray, ...], bits: int, axis: int, block: int) -> jax.Array:
     """Inverse of `pack`: bytes are broadcast on a new axis and shifted, which fuses into the consumer.
 
     Returns:
       uint8 codes ``[..., n, ...]``.
     """
-    codes, low = None, 0
-    for plane, width in zip(planes, PLANES[bits], strict=True):
+    fields, low = [], 0
+    for plane, width in zip(map(jnp.asarray, planes), PLANES[bits], strict=True):
         per_byte = 8 // width
         position = axis % plane.ndim + 1
         field = plane
@@ -168,6 +168,6 @@ def unpack(planes: tuple[jax.Array, ...], bits: int, axis: int, block: int) -> j
             field = ((parts >> shift) & np.uint8(2**width - 1)).reshape(
                 *plane.shape[: position - 1], blocks * block, *plane.shape[position:]
             )
-        codes = field if codes is None else codes | (field << np.uint8(low))
+        fields.append(field << np.uint8(low) if low else field)
         low += width
-    return codes
+    return functools.reduce(operator.or_, fields)

@@ -16,7 +16,8 @@ import jax, jaxlib, flax.linen, flax.nnx, optax, chex, einops, numpy
 def top_level(name):
     return name.partition(".")[0]
 
-needed = {top_level(name) for name in sys.modules} | set(sys.stdlib_module_names) | {"memjax", "pallas_kernels"}
+needed = {top_level(name) for name in sys.modules} | set(sys.stdlib_module_names)
+needed |= {"memjax", "pallas_kernels", "benchmarks"}
 
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -41,6 +42,12 @@ def run_with_core_packages(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.smoke
 def test_import_memjax_needs_only_the_core_packages():
     done = run_with_core_packages("import memjax, pallas_kernels")
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_a_model_needs_only_the_core_packages():
+    code = "from benchmarks import finetune; finetune.build(finetune.TINY, 'memjax', 'xla')"
+    done = run_with_core_packages(code)
     assert done.returncode == 0, done.stderr
 
 

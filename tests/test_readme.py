@@ -26,6 +26,7 @@ def commands() -> list[list[str]]:
     ]
 
 
+@pytest.mark.smoke
 def test_python_blocks_run_in_order():
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(blocks("python")):

@@ -99,8 +99,8 @@ def chunked_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array, chu
 
     def one(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         h, t = part
-        logits = jnp.einsum("td,vd->tv", h, head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
+        logits = (h @ head.T).astype(jnp.float32)
+        chosen = jnp.sum(jnp.where(jnp.arange(head.shape[0]) == t[:, None], logits, 0), axis=-1)
         return total + jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen), None
 
     parts = x.reshape(-1, chunk, x.shape[-1]), targets.reshape(-1, chunk)

@@ -50,7 +50,7 @@ def to_bits(x: jax.Array, dtype: str, rounding: Rounding = "nearest") -> jax.Arr
     return jnp.where(value > x, below, bits)
 
 
-def from_bits(bits: jax.Array, dtype: str) -> jax.Array:
+def from_bits(bits: jax.Array | np.ndarray, dtype: str) -> jax.Array:
     """Returns the float32 values of bit patterns made by `to_bits`."""
     return lax.bitcast_convert_type(bits, jnp.dtype(dtype)).astype(jnp.float32)
 
@@ -70,7 +70,7 @@ def group_blocks(shape: tuple[int, ...], axes: tuple[int, ...], group: int | str
       ValueError: groups that do not divide the axes.
     """
     sizes = [shape[axis] for axis in axes]
-    rest = math.prod(sizes) if group == "channel" else group
+    rest = math.prod(sizes) if isinstance(group, str) else group
     blocks: list[int] = []
     for size in reversed(sizes):
         block = min(rest, size)
@@ -148,11 +148,11 @@ class Codec(abc.ABC):
         Args:
           group: elements per group; needed for ``"channel"``.
         """
-        group = self.group if group is None else group
-        if isinstance(group, str):
+        size = self.group if group is None else group
+        if isinstance(size, str):
             raise ValueError("a codec with one group per channel needs the channel's size: bits_per_element(group=...)")
         stored = jnp.dtype(self.scale_dtype).itemsize * 8
-        return self.bits + stored * (1 if self.symmetric else 2) / group
+        return self.bits + stored * (1 if self.symmetric else 2) / size
 
     def encode(self, x: Any, axes: int | tuple[int, ...] = (-2,), key: Any = None) -> Packed:
         """Encodes an array.
@@ -213,9 +213,9 @@ class Packed:
       dtype: dtype of the array that the codes stand for.
     """
 
-    planes: tuple[jax.Array, ...]
-    scale: jax.Array
-    offset: jax.Array | None
+    planes: tuple[jax.Array | np.ndarray, ...]
+    scale: jax.Array | np.ndarray
+    offset: jax.Array | np.ndarray | None
     codec: Codec
     axes: tuple[int, ...]
     dtype: np.dtype

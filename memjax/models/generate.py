@@ -12,7 +12,7 @@ import numpy as np
 
 from memjax.models.llama import LlamaConfig, make_cache
 from memjax.models.model import Model, bind
-from memjax.weights.lift import lift
+from memjax.weights import lift
 
 
 def generate(

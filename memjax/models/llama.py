@@ -348,13 +348,15 @@ class Llama(nnx.Module):
         x, keys, values = scan_layers(self.layers, layer, carry, self._layer_xs())
         return self.norm(x), Cache(keys, values, cache.length + tokens.shape[1])
 
-    def head(self) -> jax.Array:
-        """Returns the output kernel ``[D, V]``: `lm_head`, or the transposed embedding where they are tied."""
-        return self.embed_tokens.embedding[...].T if self.config.tie_embeddings else self.lm_head.kernel[...]
+    def head(self) -> tuple[jax.Array, int]:
+        """Returns the output weight and its axis of size D: `lm_head` ``[D, V]`` and 0, or the tied embedding and 1."""
+        return (self.embed_tokens.embedding[...], 1) if self.config.tie_embeddings else (self.lm_head.kernel[...], 0)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits ``[..., V]`` of hidden states ``[..., D]``."""
-        return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        weight, axis = self.head()
+        contraction = (((hidden.ndim - 1,), (axis,)), ((), ()))
+        return jax.lax.dot_general(hidden, weight.astype(hidden.dtype), contraction, preferred_element_type=jnp.float32)
 
 
 _ROPE_KEYS = {

@@ -7,10 +7,9 @@ holds little more than the result and one leaf.
 from __future__ import annotations
 
 import fnmatch
-import functools
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax import codecs
-from memjax.core.paths import leaf_paths, map_with_path, select
+from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
 from memjax.core.views import Axes
 from memjax.models import bert, llama
 from memjax.models.gguf import GgufTensor, read_gguf
@@ -27,7 +26,7 @@ from memjax.models.model import Config, Model, abstract
 from memjax.models.packages import resolve
 from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
 from memjax.models.tokenizer import load_tokenizer
-from memjax.weights.packed import PackedWeight
+from memjax.weights import PackedWeight
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
@@ -57,7 +56,7 @@ def load(
     *,
     dtype: str = "bfloat16",
     weights: Any = "keep",
-    targets: str | Iterable[str] = "**/*_proj/kernel",
+    targets: Patterns = "**/*_proj/kernel",
 ) -> Model:
     """Loads a pretrained model.
 
@@ -66,7 +65,7 @@ def load(
       dtype: "float32" or "bfloat16"; dtype of dense leaves, and the logical dtype of packed ones.
       weights: "keep" leaves the packed tensors of a GGUF file packed, as weight views; "dense" decodes them; a codec
         packs the leaves of ``targets`` while they are read, one layer at a time.
-      targets: patterns of the leaves that a codec packs.
+      targets: pattern or patterns of the leaves that a codec packs.
 
     Returns:
       The model; leaves stacked over layers have a leading layer axis.
@@ -91,8 +90,8 @@ def load(
         names = [source.name.format(i) for i in range(leaf.shape[0])] if stacked else [source.name]
         tensors = [checkpoint.tensors[name] for name in names]
         if leaf_path in packed:
-            encode = _encoder(weights, leaf.dtype)
-            return PackedWeight(_fill(lambda i: encode(_dense(tensors[i], source)), len(tensors), stacked), Axes())
+            codes = _fill(lambda i: _encode(weights, tensors[i], source, leaf_path), len(tensors), stacked)
+            return PackedWeight(codes.astype(leaf.dtype), Axes())
         if weights == "keep" and len(leaf.shape) == 2 + stacked and _keeps(leaf_path, tensors):
             axes = Axes() if source.transpose else Axes(inputs=(-1,), outputs=(-2,))
             packed_leaf = _fill(lambda i: _packed(tensors[i], source), len(tensors), stacked)
@@ -174,8 +173,9 @@ def _dense(tensor: Tensor, source: Source) -> np.ndarray:
     return values.T if source.transpose else values
 
 
-def _packed(tensor: GgufTensor, source: Source) -> codecs.Packed:
+def _packed(tensor: Tensor, source: Source) -> codecs.Packed:
     """Returns the tensor in the layout of its leaf, still in the file's codes."""
+    assert isinstance(tensor, GgufTensor)  # `_keeps` said so
     packed = codecs.from_gguf(tensor.kind, tensor.raw(), tensor.shape)
     if source.rotary_heads:
         packed = jax.tree.map(lambda leaf: _half_split(np.asarray(leaf), source.rotary_heads), packed)
@@ -194,9 +194,12 @@ def _keeps(path: str, tensors: list[Tensor]) -> bool:
     return len(kinds) == 1 and kinds <= set(PACKED_KINDS)
 
 
-def _encoder(codec: Any, dtype: Any) -> Callable[[np.ndarray], codecs.Packed]:
-    encode = jax.jit(functools.partial(codec.encode, axes=(-2,)))
-    return lambda values: encode(np.asarray(values, np.float32)).astype(dtype)
+def _encode(codec: codecs.Codec, tensor: Tensor, source: Source, path: str) -> codecs.Packed:
+    """Returns the tensor in the layout of its leaf, packed by ``codec``."""
+    try:
+        return codec.encode(jnp.asarray(_dense(tensor, source), jnp.float32), (-2,))
+    except ValueError as problem:
+        raise ValueError(f"{path} (tensor {tensor.name!r}): {problem}") from None
 
 
 def _fill(part: Callable[[int], Any], count: int, stacked: bool, dtype: Any = None) -> Any:

@@ -142,8 +142,11 @@ class Model:
         self._require_decoder("logits")
         return bind(self.config, params).logits(self.hidden(params, tokens, **options))
 
-    def head(self, params: Any) -> jax.Array:
-        """Returns a decoder's output kernel ``[D, V]``: ``lm_head/kernel``, or the transposed embedding where tied."""
+    def head(self, params: Any) -> tuple[jax.Array, int]:
+        """Returns a decoder's output weight and its axis of size D.
+
+        That is ``lm_head/kernel`` ``[D, V]`` and 0, or, where tied, ``embed_tokens/embedding`` ``[V, D]`` and 1.
+        """
         self._require_decoder("an output head")
         return bind(self.config, params).head()
 

@@ -59,8 +59,8 @@ class Checkpoints:
                 f"could not save the checkpoint of step {step} in {self.folder}: {error}; {intact}"
             ) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state and settings of the latest checkpoint that loads.
+    def restore(self, like: TrainState) -> TrainState:
+        """Returns the state of the latest checkpoint that loads.
 
         Later ones that do not load are skipped with a warning and removed, because the resumed run writes
         them anew.
@@ -75,7 +75,7 @@ class Checkpoints:
         if not steps:
             raise ValueError(f"no checkpoint in {self.folder}")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), settings=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         reasons = []
         for step in reversed(steps):
             try:
@@ -87,7 +87,7 @@ class Checkpoints:
                 continue
             for broken in steps[steps.index(step) + 1 :]:
                 self._manager.delete(broken)
-            return restored.state, restored.settings
+            return restored.state
         raise ValueError(f"no checkpoint in {self.folder} loads: " + "; ".join(reasons))
 
     def settings(self) -> dict[str, Any]:
@@ -98,9 +98,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                return self._manager.restore(
-                    step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())
-                ).settings
+                return self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
             except Exception as error:
                 warnings.warn(f"skipped a checkpoint that does not load: step {step}: {error}", stacklevel=2)
         raise ValueError(f"no checkpoint in {self.folder}")
@@ -133,9 +131,7 @@ class MetricsLog:
     def __init__(self, path: str | Path, steps_done: int = 0) -> None:
         """Opens the log and drops what it holds of steps from ``steps_done`` on."""
         self.path = Path(path)
-        rows = (
-            [row for row in read_metrics(self.path) if row["step"] < steps_done] if self.path.exists() else []
-        )
+        rows = [row for row in read_metrics(self.path) if row["step"] < steps_done] if self.path.exists() else []
         replacement = self.path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(replacement, self.path)

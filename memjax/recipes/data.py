@@ -33,9 +33,7 @@ class Windows(NamedTuple):
     inputs: Any  # int32 [N, S]
     targets: Any  # int32 [N, S], the token after each input
     weights: Any  # float32 [N, S], 1 where the target is trained on, else 0
-    segment_ids: Any = (
-        None  # int32 [N, S], 1, 2, ... per packed document and 0 for padding; None: one document
-    )
+    segment_ids: Any = None  # int32 [N, S], 1, 2, ... per packed document and 0 for padding; None: one document
 
 
 class Example(NamedTuple):
@@ -101,9 +99,7 @@ def text_windows(tokens: Sequence[int], seq: int, what: str = "the text") -> Win
     stream = np.asarray(tokens, np.int32)
     rows = (stream.size - 1) // seq
     if rows < 1:
-        raise ValueError(
-            f"seq={seq} is longer than {what}: it has {stream.size} tokens, {seq + 1} are needed"
-        )
+        raise ValueError(f"seq={seq} is longer than {what}: it has {stream.size} tokens, {seq + 1} are needed")
     inputs = stream[: rows * seq].reshape(rows, seq)
     targets = stream[1 : rows * seq + 1].reshape(rows, seq)
     return Windows(inputs, targets, np.ones((rows, seq), np.float32))
@@ -150,9 +146,7 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Example]:
             tokens, trained = prompt + completion, [False] * len(prompt) + [True] * len(completion)
         else:
             keys = ", ".join(map(repr, record)) or "none"
-            raise ValueError(
-                f"{where}: expected the keys 'prompt' and 'completion', or 'messages'; got {keys}"
-            )
+            raise ValueError(f"{where}: expected the keys 'prompt' and 'completion', or 'messages'; got {keys}")
         # The first token has nothing before it that could predict it.
         if not any(trained[1:]):
             raise ValueError(f"{where}: no completion to train on")
@@ -282,9 +276,7 @@ class Loader:
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= len(self.windows.inputs):
-            raise ValueError(
-                f"batch={self.batch} is out of range: the data has {len(self.windows.inputs)} windows"
-            )
+            raise ValueError(f"batch={self.batch} is out of range: the data has {len(self.windows.inputs)} windows")
 
     @property
     def batches_per_epoch(self) -> int:

@@ -46,11 +46,19 @@ def plot_run(
 
 
 def _loss(axes: Axes, losses: Sequence[float], held_out: Sequence[tuple[int, float]]) -> None:
-    axes.plot(range(len(losses)), losses, color=_LIGHT, linewidth=1.2, label="training, one batch each")
+    axes.plot(range(len(losses)), losses, color=_LIGHT, linewidth=1, label="training, each batch")
+    width = max(1, len(losses) // 5)
+    means = [sum(losses[i - width : i]) / width for i in range(width, len(losses) + 1)]
+    axes.plot(range(width - 1, len(losses)), means, color=_BLUE, linewidth=1.6, label=f"training, mean of {width}")
     axes.plot(*zip(*held_out), color=_ORANGE, marker="o", markersize=5, linewidth=1.6, label="held out")
     for (step, nll), offset in ((held_out[0], (8, 6)), (held_out[-1], (-4, 8))):
         axes.annotate(
-            f"{nll:.3f}", (step, nll), xytext=offset, textcoords="offset points", fontsize=8, color=_ORANGE,
+            f"{nll:.3f}",
+            (step, nll),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=8,
+            color=_ORANGE,
             ha="left" if step == held_out[0][0] else "right",
         )
     axes.set_xlabel("step", color=_INK, fontsize=9)
@@ -62,10 +70,9 @@ def _loss(axes: Axes, losses: Sequence[float], held_out: Sequence[tuple[int, flo
 def _bytes(axes: Axes, report: ByteReport) -> None:
     names = [row.category.replace(" and ", " and\n") for row in report.rows]
     for shift, color, label in ((-0.19, _LIGHT, "formula"), (0.19, _BLUE, "compiled")):
-        field = f"{label}_bytes"
-        places = [(i + shift, getattr(row, field)) for i, row in enumerate(report.rows)]
-        known = [(place, count / _MIB) for place, count in places if count is not None]
-        bars = axes.barh(*zip(*known), height=0.36, color=color, label=label)
+        known = [(i + shift, getattr(row, f"{label}_bytes")) for i, row in enumerate(report.rows)]
+        places, counts = zip(*((place, count / _MIB) for place, count in known if count is not None))
+        bars = axes.barh(places, counts, height=0.36, color=color, label=label)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7, color=_INK)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()

@@ -1,18 +1,23 @@
-"""Where the bytes of a training step are: by formula, as compiled and as measured; and the leaves of a model."""
+"""Where the bytes of a training step are: by formula, as compiled and as measured; and a model's leaves."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import Var
+from rich import box
 from rich.table import Table
 
 from memjax.core.bytes import CompiledBytes, nbytes
 from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view
+from memjax.models import LlamaConfig
 from memjax.recipes.train import TrainState
+from memjax.weights import PackedWeight
 
 CATEGORIES = (
     "packed weights",
@@ -29,7 +34,7 @@ class ByteRow(NamedTuple):
 
     category: str
     formula_bytes: int
-    compiled_bytes: int | None  # None: in the next row that has a number
+    compiled_bytes: int | None  # None: among the activations and temporaries
     measured_bytes: int | None  # None: not known of one category
 
 
@@ -55,12 +60,62 @@ class ByteReport(NamedTuple):
         for column in ("formula", "compiled", "measured"):
             table.add_column(column, justify="right")
         for row in self.rows:
-            compiled = "in the next" if row.compiled_bytes is None else human(row.compiled_bytes)
+            compiled = "in temporaries" if row.compiled_bytes is None else human(row.compiled_bytes)
             measured = "" if row.measured_bytes is None else human(row.measured_bytes)
             if row is self.total:
                 table.add_section()
             table.add_row(row.category, human(row.formula_bytes), compiled, measured)
         return table
+
+
+def residual_bytes(loss: Callable[..., Any], theta: Any, *arguments: Any) -> int:
+    """Returns the bytes that reverse mode keeps between forward and backward, found by tracing.
+
+    Weights and batches that are kept as they came in are not counted, and each array counts once.
+
+    Args:
+      loss: ``loss(theta, *arguments)``, with an auxiliary output.
+      theta: what is differentiated; arrays or `jax.ShapeDtypeStruct`, as are the arguments.
+    """
+
+    def kept(theta: Any, *arguments: Any) -> Any:
+        return jax.vjp(lambda theta: loss(theta, *arguments), theta, has_aux=True)[1]
+
+    jaxpr = jax.make_jaxpr(kept)(theta, *arguments).jaxpr
+    given = {id(var) for var in (*jaxpr.invars, *jaxpr.constvars)}
+    found = {id(var): var.aval for var in jaxpr.outvars if isinstance(var, Var) and id(var) not in given}
+    return nbytes(list(found.values()))
+
+
+def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk: int) -> int:
+    """Returns what one layer's backward pass, or one chunk of the loss, holds beside residuals, whichever is
+    more.
+
+    A lower bound: the backward pass of an MLP holds gate, up and their product with the gradients of all
+    three; that of attention q, k, v and the output with theirs and, without cuDNN, the scores and their
+    gradients in float32. Both hold the layer's input and the normalised input with their gradients. A chunk
+    of the loss holds its logits and their gradients in float32. Each product with a packed weight holds one
+    decoded matrix. A compiler that fuses less holds more.
+
+    Args:
+      config: sizes.
+      params: the frozen params, weight views included.
+      batch: sequences per microbatch, B.
+      seq: tokens per sequence, S.
+      chunk: tokens per chunk of the loss.
+    """
+    dtype = params["norm"]["scale"].dtype
+    item, tokens = dtype.itemsize, batch * seq
+    in_layer = [leaf.size // config.num_layers for _, leaf in leaf_paths(params["layers"]) if is_view(leaf)]
+    at_head = [leaf.size for _, leaf in leaf_paths(params.get("lm_head", params["embed_tokens"])) if is_view(leaf)]
+    shared = 4 * config.hidden_size
+    mlp = 6 * config.intermediate_size
+    attention = 4 * config.head_dim * (config.num_heads + config.num_kv_heads)
+    fused = jax.default_backend() == "gpu" and item == 2
+    scores = 0 if fused else 2 * 4 * tokens * seq * config.num_heads
+    layer = max((shared + mlp) * tokens * item, (shared + attention) * tokens * item + scores)
+    logits = 2 * 4 * min(chunk, tokens) * config.vocab_size
+    return max(layer + item * max(in_layer, default=0), logits + item * sum(at_head))
 
 
 def human(count: int) -> str:
@@ -78,21 +133,23 @@ def byte_report(
 ) -> ByteReport:
     """Accounts for the bytes of a training step.
 
-    Formula: weights, trained weights and optimizer state as they are stored; gradients as large as the trained weights
-    (twice with accumulation: the sum and one microbatch's); activations and temporaries as given. Compiled: the total
-    is argument + output + temp - alias; the weights and the state are arguments of the program, and what remains
-    is gradients, activations, temporaries and the batch together. Measured: the peak of the device's allocator, or
-    without one, on CPU, of the whole process. Call it after training steps have run.
+    Formula: weights, trained weights and optimizer state as they are stored; gradients as large as the
+    trained weights (twice with accumulation: the sum and one microbatch's); activations and temporaries as
+    given. Compiled: the total is argument + output + temp - alias; the weights and the state are arguments of
+    the program, and what remains is gradients, activations, temporaries and the batch together. Measured: the
+    peak of the device's allocator, or without one, on CPU, of the whole process. Call it after training steps
+    have run.
 
     Args:
       frozen: the frozen params, weight views included.
       state: the training state.
       compiled: of the compiled step, see `memjax.core.bytes.compiled_bytes`.
-      activation_bytes: by formula, see `llama_activation_bytes`.
+      activation_bytes: by formula, see `residual_bytes` and `working_bytes`.
       accumulate: microbatches per step.
 
     Raises:
-      ValueError: the compiled step has smaller arguments than ``frozen`` and ``state``: it is of other shapes.
+      ValueError: the compiled step has smaller arguments than ``frozen`` and ``state``: it is of other
+        shapes.
     """
     packed = sum(nbytes(leaf) for _, leaf in leaf_paths(frozen) if is_view(leaf))
     held = (packed, nbytes(frozen) - packed, nbytes(state.theta), nbytes(state.opt_state))
@@ -120,23 +177,27 @@ def measured_peak() -> tuple[int, str]:
 
 
 def format_of(leaf: Any) -> str:
-    """Returns how a leaf is stored: the codec of a packed view, else its dtype."""
-    packed = getattr(leaf, "packed", None)
-    return str(leaf.dtype) if packed is None else str(getattr(packed.codec, "name", packed.codec))
+    """Returns how a leaf is stored: the codec of packed weights, else the dtype."""
+    if not isinstance(leaf, PackedWeight):
+        return str(leaf.dtype)
+    codec = leaf.packed.codec
+    return getattr(codec, "kind", None) or f"int{codec.bits}, group {codec.group}"
 
 
 def leaf_table(params: Any, title: str) -> Table:
-    """Returns a table of leaves with their formats, shapes, bytes and bits per weight, for a `rich` console."""
-    table = Table("leaf", "format", "shape", title=title, title_justify="left")
-    for column in ("weights", "bytes", "bits/weight"):
-        table.add_column(column, justify="right")
+    """Returns a `rich` table of leaves with their formats, shapes, bytes and bits of a weight."""
     leaves = leaf_paths(params)
+    weights = sum(leaf.size for _, leaf in leaves)
+    table = Table(
+        title=f"{title}: {weights:,} weights", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("leaf", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for column in ("shape", "bytes", "bits"):
+        table.add_column(column, justify="right", no_wrap=True)
     for path, leaf in leaves:
-        size, count = leaf.size, nbytes(leaf)
-        table.add_row(
-            path, format_of(leaf), " x ".join(map(str, leaf.shape)), f"{size:,}", human(count), f"{8 * count / size:.2f}"
-        )
-    size, count = sum(leaf.size for _, leaf in leaves), nbytes(params)
+        shape = "x".join(map(str, leaf.shape))
+        table.add_row(path, format_of(leaf), shape, human(nbytes(leaf)), f"{8 * nbytes(leaf) / leaf.size:.2f}")
     table.add_section()
-    table.add_row("total", "", "", f"{size:,}", human(count), f"{8 * count / size:.2f}")
+    table.add_row("total", "", "", human(nbytes(params)), f"{8 * nbytes(params) / weights:.2f}")
     return table

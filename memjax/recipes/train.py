@@ -57,9 +57,7 @@ def make_optimizer(
       ValueError: numbers out of range, or an unknown schedule.
     """
     if lr <= 0 or steps < 1 or not 0 <= warmup < steps:
-        raise ValueError(
-            f"expected lr > 0, steps >= 1 and 0 <= warmup < steps; got {lr=}, {steps=}, {warmup=}"
-        )
+        raise ValueError(f"expected lr > 0, steps >= 1 and 0 <= warmup < steps; got {lr=}, {steps=}, {warmup=}")
     if clip is not None and clip <= 0:
         raise ValueError(f"clip={clip} must be positive or None")
     decays = {
@@ -86,9 +84,7 @@ def init_state(theta: Any, tx: optax.GradientTransformation) -> TrainState:
     """
     for path, leaf in leaf_paths(theta):
         if is_view(leaf):
-            raise TypeError(
-                f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter on it"
-            )
+            raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter on it")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path}: trained leaves must be floats, got {leaf.dtype}")
     return TrainState(theta, tx.init(theta), jnp.zeros((), jnp.int32))
@@ -96,7 +92,7 @@ def init_state(theta: Any, tx: optax.GradientTransformation) -> TrainState:
 
 def make_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, seed: int = 0
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Builds the jitted training step.
 
     The loss is the sum of ``loss_fn``'s losses over the sum of its weights, over the whole batch:

@@ -74,14 +74,11 @@ class LowRank(Delta):
             first, second, into, then = self.b, self.a, b_axes, (-1,)
         else:
             first, second, into, then = self.a, self.b, a_axes, (-1 - len(axes.outputs),)
-        precision = settings.get("precision")
-        h = casting(functools.partial(product, contract=into, batch_ndim=n, precision=precision), x, first, (dtype,))
-        return casting(
-            functools.partial(product, contract=then, batch_ndim=n, **settings),
-            (h * self.scale).astype(x.dtype),
-            second,
-            (dtype,),
-        )
+        first_product = functools.partial(product, contract=into, batch_ndim=n, precision=settings.get("precision"))
+        then_product = functools.partial(product, contract=then, batch_ndim=n, **settings)
+        h = casting(first_product, x, first, (dtype,), barrier=False)
+        y = casting(then_product, h, second, (dtype,), barrier=False)
+        return y * jnp.asarray(self.scale, y.dtype)  # scaling h instead makes XLA keep two more buffers of y's size
 
     def take(self, indices: jax.Array, axes: Axes, *, axis: int, dtype: Any) -> jax.Array:
         if (axis,) == axes.inputs:

@@ -48,11 +48,15 @@ def product(
     )
 
 
-def casting(fn: Any, x: jax.Array, w: jax.Array, casts: tuple[Any, ...]) -> jax.Array:
-    """Returns ``fn(x, cast of w)`` such that reverse mode keeps ``w`` itself, never the cast copy."""
+def casting(fn: Any, x: jax.Array, w: jax.Array, casts: tuple[Any, ...], *, barrier: bool = True) -> jax.Array:
+    """Returns ``fn(x, cast of w)`` such that reverse mode keeps ``w`` itself, never the cast copy.
+
+    Without ``barrier`` XLA may share the cast between forward and backward where no loop separates them: it costs
+    less to schedule around, and suits weights whose copy is small.
+    """
     if not casts or all(jnp.dtype(dtype) == w.dtype for dtype in casts):
         return fn(x, w)
-    return jax.checkpoint(lambda x, w: fn(x, cast_chain(w, casts)))(x, w)
+    return jax.checkpoint(lambda x, w: fn(x, cast_chain(w, casts)), prevent_cse=barrier)(x, w)
 
 
 def in_order(y: jax.Array, produced: tuple[int, ...], wanted: tuple[int, ...]) -> jax.Array:

@@ -16,7 +16,9 @@ TINY = finetune.TINY
 JAX_STACKS = ("plain_jax", "memjax", "memjax_int4")
 
 
-@pytest.mark.parametrize("stack", finetune.STACKS)
+@pytest.mark.parametrize(
+    "stack", [pytest.param(stack, marks=[pytest.mark.smoke] * (stack == "memjax")) for stack in finetune.STACKS]
+)
 def test_case_runs_and_learns(stack, monkeypatch):
     if stack == "peft":
         for package in ("torch", "transformers", "peft"):
@@ -57,7 +59,8 @@ def test_memjax_and_the_baseline_compute_the_same_loss_and_gradients():
     def ours(theta):
         def loss(params):
             x = model.hidden(params, tokens[:, :-1], remat="full", attention="xla")
-            total, count = chunked_cross_entropy(x, model.head(params), tokens[:, 1:], chunk=8)
+            weight, axis = model.head(params)
+            total, count = chunked_cross_entropy(x, weight, tokens[:, 1:], head_axis=axis, chunk=8)
             return total / count
 
         return mj.lift(loss)(adapter.attach(params, theta))

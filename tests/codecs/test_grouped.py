@@ -11,9 +11,7 @@ from memjax import codecs
 from memjax.codecs.packed import from_bits, to_bits
 
 GRID = [
-    pytest.param(
-        make, symmetric, dtype, id=f"{make.__name__}-{'symmetric' if symmetric else 'affine'}-{dtype}"
-    )
+    pytest.param(make, symmetric, dtype, id=f"{make.__name__}-{'symmetric' if symmetric else 'affine'}-{dtype}")
     for make, symmetric, dtype in itertools.product(
         (codecs.int8, codecs.int4), (True, False), ("bfloat16", "float16", "float32")
     )
@@ -38,16 +36,12 @@ def scales(packed):
 
 
 def dense_codes(packed):
-    return np.asarray(
-        codecs.unpack(packed.planes, packed.codec.bits, -1, packed.shape[-1] // packed.scale.shape[-1])
-    )
+    return np.asarray(codecs.unpack(packed.planes, packed.codec.bits, -1, packed.shape[-1] // packed.scale.shape[-1]))
 
 
 @pytest.mark.parametrize("make, symmetric, dtype", GRID)
 def test_error_is_at_most_half_a_step(make, symmetric, dtype):
-    x = np.concatenate(
-        [normal(64, 256), normal(16, 256) + 40, normal(16, 256, scale=1e3), np.abs(normal(16, 256))]
-    )
+    x = np.concatenate([normal(64, 256), normal(16, 256) + 40, normal(16, 256, scale=1e3), np.abs(normal(16, 256))])
     packed = make(32, symmetric, dtype).encode(x, axes=-1)
     difference = np.abs(np.asarray(packed.decode()) - x)
     step = np.abs(scales(packed))
@@ -145,9 +139,9 @@ def test_float16_subnormal_scales():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
 def test_rounding_of_scales(dtype, rounding):
-    values = np.concatenate(
-        [normal(4096), normal(512, scale=1e-6), [0, 1, -1, 1 + 2**-9, -3e-8, 3e-8]]
-    ).astype(np.float32)
+    values = np.concatenate([normal(4096), normal(512, scale=1e-6), [0, 1, -1, 1 + 2**-9, -3e-8, 3e-8]]).astype(
+        np.float32
+    )
     rounded = np.asarray(jax.jit(lambda v: from_bits(to_bits(v, dtype, rounding), dtype))(values))
     nearest = np.asarray(values.astype(jnp.dtype(dtype))).astype(np.float32)
     half = values.astype(jnp.dtype(dtype))
@@ -308,9 +302,7 @@ def test_error_report():
     report = codecs.error(x, packed)
     difference = np.asarray(packed.decode()) - x
     np.testing.assert_allclose(report.max_abs, np.abs(difference).max(), rtol=1e-6)
-    np.testing.assert_allclose(
-        report.relative_frobenius, np.linalg.norm(difference) / np.linalg.norm(x), rtol=1e-5
-    )
+    np.testing.assert_allclose(report.relative_frobenius, np.linalg.norm(difference) / np.linalg.norm(x), rtol=1e-5)
     assert codecs.error(packed.decode(), packed) == (0, 0)
     zeros = np.zeros((16, 2), np.float32)
     assert codecs.error(zeros, codecs.int4(16).encode(zeros)) == (0, 0)

@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 
+import tokenizers
 import torch
 import transformers as hf
 from safetensors.torch import save_file
@@ -28,6 +29,10 @@ DECODERS = {
     "llama2": (hf.LlamaConfig(**SMALL, num_key_value_heads=4), "1GB"),
     "llama3": (
         hf.LlamaConfig(**SMALL, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=True),
+        "1GB",
+    ),
+    "llama_bytes": (  # comes with a tokenizer
+        hf.LlamaConfig(**SMALL | dict(vocab_size=264, max_position_embeddings=512), num_key_value_heads=2),
         "1GB",
     ),
     "llama_linear_biases": (
@@ -58,6 +63,18 @@ def randomize(model: torch.nn.Module) -> None:
                 weight.copy_(0.3 * torch.randn_like(weight) + ("norm" in name.lower() and "bias" not in name))
 
 
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """Writes a byte-level tokenizer of 259 tokens: an end token, two of chats, and one per byte."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = special + sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[0]}) + "\n")
+
+
 def write(folder: pathlib.Path, model: hf.PreTrainedModel, shard: str, reference: dict[str, torch.Tensor]) -> None:
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -80,6 +97,8 @@ def main() -> None:
                 greedy = torch.cat([greedy, best], dim=1)
         reference = {"tokens": tokens, "logits": out.logits, "hidden": out.hidden_states[-1], "greedy": greedy}
         write(ROOT / name, model, shard, reference)
+        if name == "llama_bytes":
+            write_tokenizer(ROOT / name)
 
     for i, (name, model_class, config) in enumerate(
         [

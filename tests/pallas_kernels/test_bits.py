@@ -119,13 +119,9 @@ def test_bits_are_stateless():
     shape = (3, 5, 7)
     expected = _bits.random_bits(9, shape)
     np.testing.assert_array_equal(expected, _bits.random_bits(9, (105,)).reshape(shape))
-    np.testing.assert_array_equal(
-        expected, jax.jit(_bits.random_bits, static_argnums=1)(jnp.uint32(9), shape)
-    )
+    np.testing.assert_array_equal(expected, jax.jit(_bits.random_bits, static_argnums=1)(jnp.uint32(9), shape))
     key = jax.random.key(9)
-    np.testing.assert_array_equal(
-        _bits.random_bits(key, shape), _bits.random_bits(jax.random.key_data(key), shape)
-    )
+    np.testing.assert_array_equal(_bits.random_bits(key, shape), _bits.random_bits(jax.random.key_data(key), shape))
     by_row = jax.vmap(lambda seed: _bits.random_bits(seed, (4,)))(jnp.arange(2))
     np.testing.assert_array_equal(by_row[1], _bits.random_bits(jnp.uint32(1), (4,)))
 

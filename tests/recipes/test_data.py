@@ -72,9 +72,7 @@ def test_messages_train_on_what_the_assistant_says(tmp_path):
 
 
 def test_packing_keeps_documents_whole_and_apart():
-    examples = [
-        data.Example(np.arange(n, dtype=np.int32) + 10 * n, np.ones(n, bool), n) for n in (4, 3, 5, 6)
-    ]
+    examples = [data.Example(np.arange(n, dtype=np.int32) + 10 * n, np.ones(n, bool), n) for n in (4, 3, 5, 6)]
     windows = data.pack(examples, 5)
     np.testing.assert_array_equal(windows.segment_ids, [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     np.testing.assert_array_equal(windows.inputs[0], [40, 41, 42, 30, 31])

@@ -39,9 +39,7 @@ def test_values_and_gradients_equal_naive(chunk):
 
 def test_no_weights_count_every_label_and_bfloat16_accumulates_in_float32():
     hidden, head, labels, _ = inputs()
-    total, count = chunked_cross_entropy(
-        hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), labels, chunk=3
-    )
+    total, count = chunked_cross_entropy(hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), labels, chunk=3)
     rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head)]
     np.testing.assert_allclose(total, naive(*rounded, labels, jnp.ones((B, S))), rtol=1e-5)
     assert count == B * S and total.dtype == jnp.float32

@@ -66,9 +66,7 @@ def test_non_finite_step_says_where_and_changes_nothing():
     state = train.init_state(theta, tx)
     step = train.make_step(loss_fn, tx)
     state, metrics = step(state, {"w": frozen["w"].at[0, 0].set(jnp.nan)}, batch)
-    with pytest.raises(
-        FloatingPointError, match="step 7: loss is nan; the gradient of 'a/kernel' is not finite"
-    ):
+    with pytest.raises(FloatingPointError, match="step 7: loss is nan; the gradient of 'a/kernel' is not finite"):
         train.check_finite(metrics, 7)
     jax.tree.map(np.testing.assert_array_equal, before, state.theta)
     assert int(state.step) == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.opt_state))

@@ -1,16 +1,15 @@
-"""Fine-tuning from a checkpoint and a data file to an adapter, with every loss and every byte written down."""
+"""Fine-tuning from a checkpoint and a data file to an adapter, with every loss and every byte written
+down."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,16 +18,17 @@ from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
+from memjax.recipes.generation import continue_tokens
 from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.plots import plot_run
-from memjax.recipes.report import ByteReport, byte_report, llama_activation_bytes
+from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
 from memjax.recipes.train import LossFn, Schedule, check_finite, init_state, make_optimizer, make_step
 from memjax.weights import lift
 
 Format = Literal["keep", "dense", "int4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 # Settings that may change on resume: they say where things are and how often, and change no number.
-FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens")
+FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens", "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FinetuneSettings:
       schedule: of the learning rate after the warm-up.
       warmup: steps of linear warm-up.
       weight_decay: decoupled weight decay.
-      clip: largest global norm of the gradients.
+      clip: largest global norm of the gradients; None does not clip.
       remat: what the backward pass computes again: full: each layer; dots: all but matrix products.
       chunk: tokens per chunk of logits.
       held_out: fraction of the data, at its end, that is held out.
@@ -68,6 +68,7 @@ class FinetuneSettings:
       out: folder for results; by default runs/MODEL-ADAPTER.
       prompt: start of the samples; by default the start of the held-out data.
       sample_tokens: tokens of each sample.
+      temperature: of the samples; 0 takes the most probable token.
     """
 
     model: str
@@ -88,12 +89,12 @@ class FinetuneSettings:
     schedule: Schedule = "constant"
     warmup: int = 0
     weight_decay: float = 0.0
-    clip: float = 1.0
+    clip: float | None = 1.0
     remat: Literal["full", "dots", "none"] = "full"
-    chunk: int = 512
+    chunk: int = 1024
     held_out: float = 0.1
     eval_windows: int = 32
-    eval_every: int = 0
+    eval_every: int = 25
     too_long: data_.TooLong = "error"
     seed: int = 0
     save_every: int = 25
@@ -102,6 +103,7 @@ class FinetuneSettings:
     out: str | None = None
     prompt: str | None = None
     sample_tokens: int = 40
+    temperature: float = 0.7
 
 
 class FinetuneResult(NamedTuple):
@@ -113,6 +115,7 @@ class FinetuneResult(NamedTuple):
     before: Evaluation
     after: Evaluation
     report: ByteReport
+    prompt: str  # of the samples
     sample_before: str
     sample_after: str
     tokens_per_second: float  # of the training steps of this process, without compiling
@@ -129,13 +132,13 @@ def load_model(model: str, format: Format = "keep", group: int = 64, dtype: Dtyp
 
 
 def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, dropout: bool) -> LossFn:
-    """Returns the loss of a decoder with an adapter attached: ``(theta, frozen, batch, key) -> (sum, count)``."""
+    """Returns the loss of a decoder with an adapter attached: ``(theta, frozen, batch, key) -> (sum,
+    count)``."""
 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
-        return chunked_cross_entropy(
-            hidden, model.head(params), batch.targets, batch.weights, chunk=settings.chunk
-        )
+        weight, axis = model.head(params)
+        return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis, chunk=settings.chunk)
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lift(nll)(adapter.attach(frozen, theta, key if dropout else None), batch)
@@ -151,8 +154,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
       console: where progress and tables are printed; None prints to the standard output.
 
     Returns:
-      `FinetuneResult`; the folder ``out`` holds ``adapter/``, ``checkpoints/``, ``metrics.jsonl``, ``held_out.jsonl``,
-      ``report.json``, ``report.png`` and ``samples.json``.
+      `FinetuneResult`; the folder ``out`` holds ``adapter/``, ``checkpoints/``, ``metrics.jsonl``,
+      ``held_out.jsonl``, ``report.json``, ``report.png`` and ``samples.json``.
 
     Raises:
       ValueError: bad settings, model or data; or settings other than those of the run that is resumed.
@@ -164,24 +167,35 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     for name in ("steps", "eval_windows", "sample_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
+    if settings.accumulate < 1 or settings.batch % settings.accumulate:
+        raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
     tx = make_optimizer(
-        settings.lr, settings.steps, schedule=settings.schedule, warmup=settings.warmup,
-        weight_decay=settings.weight_decay, clip=settings.clip,
+        settings.lr,
+        settings.steps,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
     )
     model = load_model(settings.model, settings.format, settings.group, settings.dtype)
-    if model.kind != "causal":
+    if not isinstance(model.config, models.LlamaConfig):
         raise ValueError(f"{settings.model} is an encoder; finetune trains decoders on the next token")
     if model.tokenizer is None:
         raise ValueError(f"{settings.model} has no tokenizer, which the data needs")
     train, held_out = data_.load(
-        settings.data, model.tokenizer, settings.seq, context=model.config.max_positions,
-        held_out=settings.held_out, too_long=settings.too_long,
+        settings.data,
+        model.tokenizer,
+        settings.seq,
+        context=model.config.max_positions,
+        held_out=settings.held_out,
+        too_long=settings.too_long,
     )
     held_out = data_.take(held_out, slice(settings.eval_windows))
     loader = data_.Loader(train, settings.batch, settings.seed)
     alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
     adapter = adapters.lora(rank=settings.rank, alpha=alpha, targets=settings.targets, dropout=settings.dropout)
     frozen = model.params
+
     # A function, because a training step donates its state.
     def new_theta() -> Any:
         return adapter.init(jax.random.key(settings.seed), frozen)
@@ -193,15 +207,13 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         "data_sha256": data_.digest(data_.find(settings.data)),
     }
     state = init_state(new_theta(), tx)
+    checkpoints = Checkpoints(out, keep=settings.keep)
     if settings.resume:
-        checkpoints = Checkpoints(out, keep=settings.keep)
-        state, before_resume = checkpoints.restore(state)
-        check_same(before_resume, recorded, FREE_SETTINGS)
+        check_same(checkpoints.settings(), recorded, FREE_SETTINGS)
+        state = checkpoints.restore(state)
         console.print(f"resuming after step {int(state.step)} of {settings.steps}")
-    else:
-        if (out / "checkpoints").exists():
-            raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
-        checkpoints = Checkpoints(out, keep=settings.keep)
+    elif checkpoints.steps():
+        raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     done = int(state.step)
     metrics_log = MetricsLog(out / "metrics.jsonl", done)
     held_out_log = MetricsLog(out / "held_out.jsonl", done + 1)
@@ -219,16 +231,28 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         console.print(f"step {steps}: held-out loss {result.nll:.4f}, perplexity {result.perplexity:.2f}")
 
     prompt = _prompt(settings, model, held_out)
+
+    def sample(theta: Any) -> str:
+        return continue_tokens(
+            model,
+            adapter.attach(frozen, theta),
+            prompt,
+            settings.sample_tokens,
+            temperature=settings.temperature,
+            key=jax.random.key(settings.seed),
+        )
+
     console.print(
         f"{settings.model}: {nbytes(frozen) / 2**20:.1f} MiB frozen, {nbytes(state.theta) / 2**20:.2f} MiB trained; "
         f"{len(train.inputs)} training windows of {settings.seq} tokens"
     )
-    evaluate_at(0, state.theta if done == 0 else new_theta())
-    sample_before = sample(model, frozen, prompt, settings.sample_tokens)
+    start = new_theta() if done else state.theta
+    evaluate_at(0, start)
+    sample_before = sample(start)
+    del start
 
-    step = make_step(
-        make_loss(model, adapter, settings, dropout=True), tx, accumulate=settings.accumulate, seed=settings.seed
-    )
+    loss = make_loss(model, adapter, settings, dropout=True)
+    step = make_step(loss, tx, accumulate=settings.accumulate, seed=settings.seed)
     with console.status("compiling the training step"):
         compiled = step.lower(state, frozen, loader.batch_at(0)).compile()
     tokens, seconds = 0.0, 0.0
@@ -237,36 +261,115 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         for i in range(done, settings.steps):
             begun = time.monotonic()
             state, metrics = compiled(state, frozen, loader.batch_at(i))
+            metrics = jax.device_get(metrics)
             check_finite(metrics, i)
             seconds += time.monotonic() - begun
             tokens += float(metrics.tokens)
-            loss = float(metrics.loss)
-            metrics_log.append({"step": i, "loss": loss, "grad_norm": float(metrics.grad_norm)})
-            progress.update(bar, completed=i + 1, loss=loss, speed=tokens / seconds)
-            if _due(i + 1, settings.save_every, settings.steps):
-                metrics_log.sync()
-                checkpoints.save(state, recorded)
+            row = {"step": i, "loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
+            metrics_log.append(row)
+            progress.update(bar, completed=i + 1, loss=row["loss"], speed=tokens / seconds)
+            # Evaluated first, so that a kill between the two leaves no checkpoint without its evaluation.
             if _due(i + 1, settings.eval_every, settings.steps):
                 evaluate_at(i + 1, state.theta)
-    report = byte_report(
-        frozen,
-        state,
-        compiled_bytes(compiled),
-        llama_activation_bytes(
-            model.config, settings.batch // settings.accumulate, settings.seq, frozen["norm"]["scale"].dtype,
-            remat=settings.remat, chunk=settings.chunk,
-        ),
-        settings.accumulate,
-    )
+            if _due(i + 1, settings.save_every, settings.steps):
+                metrics_log.sync()
+                held_out_log.sync()
+                checkpoints.save(state, recorded)
+    rows = settings.batch // settings.accumulate
+    microbatch = data_.take(loader.batch_at(0), slice(rows))
+    activations = residual_bytes(loss, state.theta, frozen, microbatch, jax.random.key(0))
+    activations += working_bytes(model.config, frozen, rows, settings.seq, settings.chunk)
+    report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
     checkpoints.close()
     adapter.save(out / "adapter", state.theta)
-    sample_after = sample(model, adapter.attach(frozen, state.theta), prompt, settings.sample_tokens)
+    sample_after = sample(state.theta)
     before, after = (Evaluation(evaluations[at]["nll"], evaluations[at]["tokens"]) for at in (0, settings.steps))
     losses = [row["loss"] for row in read_metrics(metrics_log.path)]
     result = FinetuneResult(
-        out, state.theta, losses, before, after, report, sample_before, sample_after,
-        tokens / seconds if seconds else 0.0, time.monotonic() - started,
+        out,
+        state.theta,
+        losses,
+        before,
+        after,
+        report,
+        model.tokenizer.decode(prompt),
+        sample_before,
+        sample_after,
+        tokens / seconds if seconds else 0.0,
+        time.monotonic() - started,
     )
     _write(result, recorded, [(row["step"], row["nll"]) for row in evaluations.values()])
     _show(result, console)
     return result
+
+
+def _prompt(settings: FinetuneSettings, model: models.Model, held_out: data_.Windows) -> list[int]:
+    """Returns the tokens of the prompt, or the start of the held-out data: what comes before the first target
+    that counts, and of text a quarter of a window."""
+    if settings.prompt is not None:
+        prompt = model.tokenizer.encode(settings.prompt)
+    elif held_out.segment_ids is None:
+        prompt = held_out.inputs[0, : max(1, settings.seq // 4)].tolist()
+    else:
+        prompt = held_out.inputs[0, : int(held_out.weights[0].argmax()) + 1].tolist()
+    if not prompt:
+        raise ValueError("the prompt for samples has no tokens")
+    if len(prompt) + settings.sample_tokens > model.config.max_positions:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and sample_tokens={settings.sample_tokens} exceed the model's context "
+            f"of {model.config.max_positions}"
+        )
+    return prompt
+
+
+def _due(steps_done: int, every: int, steps: int) -> bool:
+    return steps_done == steps or (every > 0 and steps_done % every == 0)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _write(result: FinetuneResult, settings: dict[str, Any], held_out: list[tuple[int, float]]) -> None:
+    """Writes report.json, samples.json and report.png."""
+    summary = {
+        "settings": settings,
+        "held_out": {
+            name: {"nll": e.nll, "perplexity": e.perplexity, "tokens": e.tokens}
+            for name, e in (("before", result.before), ("after", result.after))
+        },
+        "bytes": result.report.as_dict(),
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": result.seconds,
+        "device": jax.local_devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    (result.out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    samples = {"prompt": result.prompt, "before": result.sample_before, "after": result.sample_after}
+    (result.out / "samples.json").write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
+    title = f"{Path(settings['model']).name}, {settings['adapter']} rank {settings['rank']}, on {settings['data']}"
+    plot_run(result.out / "report.png", result.losses, sorted(held_out), result.report, title)
+
+
+def _show(result: FinetuneResult, console: Console) -> None:
+    console.print(result.report.table())
+    before, after = result.before, result.after
+    console.print(
+        f"held-out loss {before.nll:.4f} -> {after.nll:.4f} nats ({after.nll - before.nll:+.4f}), "
+        f"perplexity {before.perplexity:.2f} -> {after.perplexity:.2f}"
+    )
+    texts = {"prompt": result.prompt, "before": result.sample_before, "after": result.sample_after}
+    for name, text in texts.items():
+        console.print(f"[bold]{name}:[/bold]", end=" ")
+        console.print(text.strip(), markup=False, highlight=False)
+    console.print(
+        f"{result.tokens_per_second:,.0f} tokens/s while training, {result.seconds:.0f} s in all; files in {result.out}"
+    )

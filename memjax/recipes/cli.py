@@ -1,0 +1,140 @@
+"""The `memjax` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from memjax.recipes.checkpoint import Checkpoints
+from memjax.recipes.finetuning import Dtype, FinetuneSettings, Format, finetune, load_model
+from memjax.recipes.generation import generate_text
+from memjax.recipes.report import leaf_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(FinetuneSettings):
+    """Train an adapter on frozen weights; write losses, bytes, samples and the adapter."""
+
+    def run(self, console: Console) -> None:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        finetune(FinetuneSettings(**fields), console)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Go on with a text."""
+
+    model: str
+    """smollm2, a .gguf file, a Hugging Face folder, or a hub name."""
+    prompt: str
+    """Text to go on with."""
+    adapter: str | None = None
+    """Folder of a trained adapter: the `adapter` in the folder of a run, or that folder."""
+    chat: bool = False
+    """Give the prompt as a user's message in the model's chat format."""
+    max_new_tokens: int = 100
+    """Tokens to add at most."""
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_k: int | None = None
+    """Draw among so many most probable tokens."""
+    seed: int = 0
+    """Of the draws."""
+    format: Format = "keep"
+    """How the weights are held: as in the file, dense, or encoded."""
+    group: int = 64
+    """Weights per scale of int4 and int8."""
+    dtype: Dtype = "auto"
+    """Of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU."""
+
+    def run(self, console: Console) -> None:
+        model = load_model(self.model, self.format, self.group, self.dtype)
+        text = generate_text(
+            model,
+            self.prompt,
+            adapter=self.adapter,
+            chat=self.chat,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+        console.print(text, markup=False, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """List a model's leaves with their formats, shapes and bytes, as they are held in memory."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """smollm2, minilm, a .gguf file, a Hugging Face folder, or a hub name."""
+    format: Format = "keep"
+    """How the weights are held: as in the file, dense, or encoded."""
+    group: int = 64
+    """Weights per scale of int4 and int8."""
+    dtype: Dtype = "auto"
+    """Of dense weights; auto: bfloat16 on GPU, float32 on CPU."""
+
+    def run(self, console: Console) -> None:
+        model = load_model(self.model, self.format, self.group, self.dtype)
+        console.print(leaf_table(model.params, f"{self.model} ({model.kind})"))
+
+
+def resumed_defaults(arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings of the run that ``--resume DIR`` names, so that they need not be typed again.
+
+    Settings that are typed all the same are compared with the run's when it is resumed.
+
+    Raises:
+      ValueError: a folder without a checkpoint.
+    """
+    folder = None
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--resume":
+            folder = value if equals else next(iter(arguments[i + 1 :]), None)
+    if folder is None:
+        return {}
+    if not (Path(folder) / "checkpoints").is_dir():
+        raise ValueError(f"cannot resume: {folder} holds no checkpoints")
+    checkpoints = Checkpoints(folder)
+    settings = checkpoints.settings()
+    checkpoints.close()
+    known = {field.name for field in dataclasses.fields(FinetuneSettings)} - {"resume", "out"}
+    settings = {name: value for name, value in settings.items() if name in known}
+    return settings | {"targets": tuple(settings["targets"])}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a mistake of the user ends it with one line and the exit status 2.
+
+    ``--debug`` anywhere shows the whole traceback instead.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    console = Console()
+    try:
+        saved = resumed_defaults(arguments) if arguments[:1] == ["finetune"] else {}
+        default = Finetune(**({"model": tyro.MISSING} | saved))
+        train = Annotated[Finetune, tyro.conf.subcommand("finetune", default=default)]
+        command = tyro.cli(
+            train | Generate | Inspect,
+            prog="memjax",
+            description="Fine-tune and run language models in little memory. --debug shows tracebacks.",
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+        command.run(console)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        Console(stderr=True, highlight=False).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""From a prompt to text, with or without a trained adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memjax import adapters, models
+
+
+def generate_text(
+    model: models.Model,
+    prompt: str,
+    *,
+    adapter: str | Path | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """Returns the text with which a model goes on.
+
+    Args:
+      model: a decoder with a tokenizer.
+      prompt: text to go on with.
+      adapter: folder of a trained adapter, or of the run that trained it.
+      chat: give the prompt as a user's message in the model's chat format.
+      max_new_tokens, temperature, top_k: see `memjax.models.generate`.
+      seed: of the draws.
+
+    Raises:
+      ValueError: an encoder, no tokenizer, an empty prompt, or an adapter of another model.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokenizer, which text needs")
+    params = model.params
+    if adapter is not None:
+        inside = Path(adapter) / "adapter"
+        method, theta = adapters.load(inside if inside.is_dir() else adapter)
+        params = method.attach(params, theta)
+    if chat:
+        ids = model.tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+    else:
+        ids = model.tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    return continue_tokens(
+        model, params, ids, max_new_tokens, temperature=temperature, top_k=top_k, key=jax.random.key(seed)
+    )
+
+
+def continue_tokens(model: models.Model, params: Any, prompt: list[int], count: int, **options: Any) -> str:
+    """Returns, as text, up to ``count`` tokens after ``prompt``; ``params`` may hold views; options as
+    `memjax.models.generate`."""
+    ends = {model.tokenizer.eos_id, model.tokenizer.turn_end_id} - {None}
+    tokens = models.generate(
+        model, params, jnp.asarray([prompt], jnp.int32), max_new_tokens=count, eos=sorted(ends), **options
+    )
+    return model.tokenizer.decode(tokens[0, len(prompt) :].tolist())

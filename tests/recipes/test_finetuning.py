@@ -1,0 +1,182 @@
+"""Whole runs on a tiny model, and the command."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from memjax import adapters, models
+from memjax.recipes import cli
+from memjax.recipes.checkpoint import Checkpoints, read_metrics
+from memjax.recipes.finetuning import FinetuneSettings, finetune, make_loss
+from memjax.recipes.generation import generate_text
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def text_run(tiny_model, text_file, tmp_path_factory):
+    settings = FinetuneSettings(
+        model=str(tiny_model), data=str(text_file), out=str(tmp_path_factory.mktemp("run")), format="int8", group=16,
+        rank=4, batch=4, seq=32, accumulate=2, steps=12, lr=3e-2, eval_windows=3, eval_every=6, save_every=0,
+        sample_tokens=8,
+    )  # fmt: skip
+    return settings, finetune(settings, QUIET)
+
+
+def test_a_run_learns_and_writes_everything(text_run):
+    _, result = text_run
+    assert result.after.nll < result.before.nll - 0.1
+    assert len(result.losses) == 12 and result.losses[-1] < result.losses[0]
+    assert abs(result.before.nll - result.losses[0]) < 0.5
+    assert [row["step"] for row in read_metrics(result.out / "metrics.jsonl")] == list(range(12))
+    assert [row["step"] for row in read_metrics(result.out / "held_out.jsonl")] == [0, 6, 12]
+    summary = json.loads((result.out / "report.json").read_text())
+    assert summary["held_out"]["after"]["nll"] == result.after.nll
+    assert [row["category"] for row in summary["bytes"]["rows"]][-1] == "total"
+    assert summary["settings"]["dtype"] == "float32" and summary["settings"]["data_sha256"]
+    assert (result.out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((result.out / "samples.json").read_text())["after"] == result.sample_after
+    assert Checkpoints(result.out).steps() == [12]
+
+
+def test_the_saved_adapter_is_the_trained_one(text_run):
+    settings, result = text_run
+    adapter, theta = adapters.load(result.out / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, theta, result.theta)
+    model = models.load(settings.model, dtype="float32")
+    loss = make_loss(model, adapter, dataclasses.replace(settings, format="dense"), dropout=False)
+    from memjax.recipes import data
+    from memjax.recipes.evaluate import make_evaluate
+
+    _, held_out = data.load(settings.data, model.tokenizer, settings.seq)
+    after = make_evaluate(loss)(theta, model.params, data.take(held_out, slice(3)), 3)
+    # Of int8 weights and of dense ones.
+    np.testing.assert_allclose(after.nll, result.after.nll, atol=0.02)
+
+
+def test_generate_takes_the_run_or_its_adapter(text_run):
+    settings, result = text_run
+    model = models.load(settings.model, dtype="float32")
+    options = {"max_new_tokens": 8}
+    plain = generate_text(model, "the cat", **options)
+    adapted = generate_text(model, "the cat", adapter=result.out, **options)
+    assert adapted == generate_text(model, "the cat", adapter=result.out / "adapter", **options) != plain
+    drawn = [generate_text(model, "a", temperature=5.0, top_k=50, seed=seed, **options) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert generate_text(model, "hello", chat=True, **options)
+
+
+def resume_arguments(tiny_model, jsonl_file, out):
+    options = "--rank 4 --dropout 0.1 --batch 4 --seq 24 --steps 40 --lr 0.01 --schedule cosine --warmup 5"
+    paths = ["--model", str(tiny_model), "--data", str(jsonl_file), "--out", str(out)]
+    return ["finetune", *paths, *options.split(), *["--eval-windows", "2", "--sample-tokens", "2", "--save-every", "4"]]
+
+
+def test_kill_and_resume_give_the_same_losses_bit_by_bit(tiny_model, jsonl_file, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    cli.main(resume_arguments(tiny_model, jsonl_file, whole))
+    want = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in want] == list(range(40))
+
+    kill_after = random.randrange(5, 38)
+    command = [sys.executable, "-c", "from memjax.recipes.cli import main; main()"]
+    with subprocess.Popen(
+        command + resume_arguments(tiny_model, jsonl_file, killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        log = killed / "metrics.jsonl"
+        while not log.exists() or log.read_bytes().count(b"\n") < kill_after:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    steps_logged = len(read_metrics(log))
+    assert kill_after <= steps_logged < 40, f"killed after {steps_logged} steps, too late to test anything"
+
+    # The settings need not be typed again; those that are typed must agree.
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["finetune", "--resume", str(killed), "--lr", "0.02", "--rank", "8"])
+    assert exit_status.value.code == 2
+    message = capsys.readouterr().err
+    assert "cannot resume" in message and "before" in message
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--resume", str(killed), "--lr", "0.02"])
+    assert "lr: 0.01 before, 0.02 now" in capsys.readouterr().err
+
+    cli.main(["finetune", "--resume", str(killed)])
+    assert read_metrics(log) == want, f"killed after {steps_logged} steps"
+    assert read_metrics(killed / "held_out.jsonl") == read_metrics(whole / "held_out.jsonl")
+    samples = [json.loads((folder / "samples.json").read_text()) for folder in (whole, killed)]
+    assert samples[0] == samples[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, text_file, tmp_path):
+    settings = FinetuneSettings(
+        model=str(tiny_model), data=str(text_file), out=str(tmp_path), rank=2, seq=16, steps=5, lr=1e38,
+        eval_windows=2, sample_tokens=2, save_every=1,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"step 1: loss is .*; the gradient of '.*kernel.*' is not finite"):
+        finetune(settings, QUIET)
+    assert Checkpoints(tmp_path).steps() == [1]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no-such-model"}, "no model 'no-such-model'"),
+        ({"data": "no-such.txt"}, "no data file"),
+        ({"seq": 65}, "the model's context is 64 tokens"),
+        ({"rank": 33}, "rank"),
+        ({"targets": "**/nothing"}, "matches no leaf"),
+        ({"steps": 0}, "steps=0"),
+        ({"batch": 3, "accumulate": 2}, "accumulate=2 does not divide"),
+        ({"sample-tokens": 64}, "exceed the model's context of 64"),
+        ({"keep": 0}, "keep=0"),
+        ({"resume": "no-such-run"}, "no-such-run holds no checkpoints"),
+        ({"format": "int4", "group": 7}, "7"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(tiny_model, text_file, tmp_path, capsys, changes, message):
+    options = {"model": tiny_model, "data": text_file, "out": tmp_path / "out", "seq": 16, "steps": 1} | changes
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main(["finetune", *arguments])
+    assert exit_status.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_debug_shows_where(tiny_model):
+    with pytest.raises(ValueError, match="no data file"):
+        cli.main(["finetune", "--model", str(tiny_model), "--data", "no-such.txt", "--debug"])
+
+
+def test_a_folder_with_a_run_is_not_overwritten(text_run):
+    settings, _ = text_run
+    with pytest.raises(ValueError, match="holds a run already; go on with it by --resume"):
+        finetune(settings, QUIET)
+
+
+def test_inspect_and_generate_commands(tiny_model, text_run, capsys):
+    cli.main(["inspect", str(tiny_model), "--format", "int8", "--group", "16"])
+    printed = capsys.readouterr().out
+    assert "layers/mlp/up_proj/kernel" in printed and "int8, group 16" in printed
+    out = str(text_run[1].out)
+    cli.main(["generate", "--model", str(tiny_model), "--adapter", out, "--prompt", "the", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate", "inspect"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main([command, "--help"])
+    assert exit_status.value.code == 0
+    assert "--format" in capsys.readouterr().out
