@@ -13,7 +13,7 @@ from memjax.core import operation, register_rule
 from memjax.weights import lift
 from tests.random_views import KINDS, array, assert_close, builder, factors, view
 
-W = array(0, 8, 8)
+W = array(0, 8, 8) / 3
 STACK = array(1, 3, 8, 8) / 3
 X = array(2, 2, 8)
 
