@@ -109,7 +109,8 @@ class Lora:
                 return leaf
             a, b = theta[path]["a"], theta[path]["b"]
             base, others = (leaf.base, leaf.deltas) if isinstance(leaf, Adapted) else (leaf, ())
-            base = base if is_view(base) else Dense(base, self._axes(path, base))
+            if not is_view(base):
+                base = Dense(leaf, self._axes(path, leaf))
             check_factors(path, base, a, b)
             words = None
             if key is not None and self.dropout:
@@ -261,6 +262,8 @@ def lora(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if not callable(init) and init not in ("kaiming", "gaussian"):
         raise ValueError(f"init must be 'kaiming', 'gaussian' or a function, got {init!r}")
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"dtype must be floating point, got {dtype}")
     if scaling not in ("alpha_over_r", "rslora"):
         raise ValueError(f"scaling must be 'alpha_over_r' or 'rslora', got {scaling!r}")
     return Lora(rank, alpha, targets, dropout, init, scaling, axes or {}, dtype)

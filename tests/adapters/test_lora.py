@@ -226,6 +226,7 @@ def test_initial_factors():
         ({"rank": {"**": -1}}, "rank must be"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"init": "xavier"}, "init must be .* got 'xavier'"),
+        ({"dtype": "int8"}, "dtype must be floating point, got int8"),
         ({"scaling": "r"}, "scaling must be .* got 'r'"),
     ],
 )

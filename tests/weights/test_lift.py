@@ -13,7 +13,7 @@ from memjax.core import operation, register_rule
 from memjax.weights import lift
 from tests.random_views import KINDS, array, assert_close, builder, factors, view
 
-W = array(0, 8, 8)
+W = array(0, 8, 8) / 3
 STACK = array(1, 3, 8, 8) / 3
 X = array(2, 2, 8)
 
@@ -106,7 +106,7 @@ FORWARD_ONLY = {
 def test_values_and_gradients_equal_the_dense_program(name):
     w, program = PROGRAMS[name]
     kind = KINDS[2] if len(name) % 2 else KINDS[0]
-    build, theta = builder(kind, w), factors(5, w.shape)
+    build, theta = builder(kind, w), jax.tree.map(lambda x: x / 3, factors(5, w.shape))
 
     def run(fn, weight, theta, x):
         y, back = jax.vjp(lambda theta, x: fn(weight(build(theta)), x), theta, x)
