@@ -21,10 +21,14 @@ more (seeds, repeats, versions, peaks at each stage). Run a suite with `python -
 - `peak` is the allocator's peak. With JAX it counts from the start of the process; where a step did not raise it above
   what initialisation or compilation had reached, it is an upper bound and carries `<=`. With torch the counter is reset
   after initialisation.
-- `compiled` is XLA's argument + output + temp - alias.
+- `compiled` is XLA's argument + output + temp - alias. The allocator may hand out a block up to 128 MiB larger than
+  was asked for, which `peak` counts and `compiled` does not: trust differences of `peak` below that only where
+  `compiled` shows them too.
 - `of matmul` is the arithmetic done per second, recomputation included, over the matmul rate that the same run
   measured on that card.
 - `x plain_jax` compares with the row `plain_jax` of the same run; a baseline of another run is not compared with.
+- Losses are of random weights and one random batch, a check that every stack learns. `plain_jax` draws its factors A
+  from a wider interval than the others, so its loss falls faster.
 - GiB are 2^30 bytes.
 """
 

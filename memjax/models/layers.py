@@ -93,6 +93,8 @@ def attend(
         implementation = "cudnn" if fast else "xla"
     elif implementation not in ("xla", "cudnn"):
         raise ValueError(f"attention must be 'xla', 'cudnn' or None, got {implementation!r}")
+    if mask is not None and implementation == "cudnn":  # which takes a mask as a bias of every query
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     out = jax.nn.dot_product_attention(
         q,
         k,
