@@ -83,14 +83,16 @@ def attend(
       causal: position i attends to positions up to i.
       mask: bool, broadcastable to ``[B, H, S, T]``; True takes part.
       window: with ``causal``, position i attends to the last ``window`` positions up to i only.
-      implementation: None takes cuDNN on a GPU for 16-bit inputs and XLA elsewhere.
+      implementation: None takes cuDNN on a GPU for 16-bit inputs (with a mask only for even S and T, as its backward
+        pass needs) and XLA elsewhere.
 
     Returns:
       ``[B, S, H * Dh]`` in the dtype of ``q``.
     """
     if implementation is None:
         fast = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-        implementation = "cudnn" if fast else "xla"
+        even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+        implementation = "cudnn" if fast and (mask is None or even) else "xla"
     elif implementation not in ("xla", "cudnn"):
         raise ValueError(f"attention must be 'xla', 'cudnn' or None, got {implementation!r}")
     if mask is not None and implementation == "cudnn":  # which takes a mask as a bias of every query
