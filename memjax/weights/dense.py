@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from memjax.core.views import Axes, WeightView
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def cast_chain(w: jax.Array, casts: tuple[Any, ...]) -> jax.Array:
@@ -48,7 +51,7 @@ def product(
     )
 
 
-def casting(fn: Any, x: jax.Array, w: jax.Array, casts: tuple[Any, ...], *, barrier: bool = True) -> jax.Array:
+def casting(fn: Product, x: jax.Array, w: jax.Array, casts: tuple[Any, ...], *, barrier: bool = True) -> jax.Array:
     """Returns ``fn(x, cast of w)`` such that reverse mode keeps ``w`` itself, never the cast copy.
 
     Without ``barrier`` XLA may share the cast between forward and backward where no loop separates them: it costs
@@ -63,6 +66,27 @@ def in_order(y: jax.Array, produced: tuple[int, ...], wanted: tuple[int, ...]) -
     """Reorders the trailing axes of ``y`` from the order of ``produced`` to that of ``wanted``."""
     lead = y.ndim - len(produced)
     return y.transpose([*range(lead), *(lead + produced.index(axis) for axis in wanted)])
+
+
+def dot_by(
+    multiply: Callable[[Product], jax.Array], view: WeightView, *, transpose: bool, **settings: Any
+) -> jax.Array:
+    """Evaluates `WeightView.dot` for a view whose dense form has the view's own axis order.
+
+    Args:
+      multiply: applies a `product` of ``(x, dense)`` to the operands, however the view gets its dense form.
+      view: gives the axes.
+      transpose: contract the output axes instead of the input axes.
+      **settings: precision and preferred_element_type of the product.
+    """
+    into, out_of = view.axes[::-1] if transpose else view.axes
+    y = multiply(functools.partial(product, contract=into, batch_ndim=view.batch_ndim, **settings))
+    return in_order(y, tuple(sorted(out_of)), out_of)
+
+
+def convolution(permutation: tuple[int, ...], params: dict[str, Any]) -> Product:
+    """Returns the convolution of ``(x, dense kernel)`` that `WeightView.conv` asks for."""
+    return lambda x, w: lax.conv_general_dilated_p.bind(x, w.transpose([a % w.ndim for a in permutation]), **params)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
@@ -95,20 +119,13 @@ class Dense(WeightView):
         precision: Any = None,
         preferred_element_type: Any = None,
     ) -> jax.Array:
-        into, out_of = (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
-        y = casting(
-            functools.partial(
-                product,
-                contract=into,
-                batch_ndim=self.batch_ndim,
-                precision=precision,
-                preferred_element_type=preferred_element_type,
-            ),
-            x,
-            self.array,
-            casts,
+        return dot_by(
+            lambda fn: casting(fn, x, self.array, casts),
+            self,
+            transpose=transpose,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
         )
-        return in_order(y, tuple(sorted(out_of)), out_of)
 
     def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         rows = cast_chain(jnp.take(self.array, indices.reshape(-1), axis=axis, mode="clip"), casts)
@@ -118,10 +135,7 @@ class Dense(WeightView):
     def conv(
         self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
     ) -> jax.Array:
-        def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-            return lax.conv_general_dilated_p.bind(x, w.transpose([axis % w.ndim for axis in permutation]), **params)
-
-        return casting(convolve, x, self.array, casts)
+        return casting(convolution(permutation, params), x, self.array, casts)
 
     def materialize(self) -> jax.Array:
         return self.array

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from memjax.codecs import Packed
 from memjax.core import jaxpr_compat
 from memjax.core.views import Axes, WeightView
-from memjax.weights.dense import cast_chain, in_order, product
+from memjax.weights.dense import Product, cast_chain, convolution, dot_by
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["axes"])
@@ -48,16 +46,13 @@ class PackedWeight(WeightView):
         precision: Any = None,
         preferred_element_type: Any = None,
     ) -> jax.Array:
-        into, out_of = (self.axes.outputs, self.axes.inputs) if transpose else (self.axes.inputs, self.axes.outputs)
-        multiply = functools.partial(
-            product,
-            contract=into,
-            batch_ndim=self.batch_ndim,
+        return dot_by(
+            lambda fn: _linear(fn, x, self.packed, casts),
+            self,
+            transpose=transpose,
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
-        y = _linear(multiply, x, self.packed, casts)
-        return in_order(y, tuple(sorted(out_of)), out_of)
 
     def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         rows = jnp.moveaxis(self.packed.take(indices.reshape(-1), axis), axis, 0)
@@ -66,10 +61,7 @@ class PackedWeight(WeightView):
     def conv(
         self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
     ) -> jax.Array:
-        def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-            return lax.conv_general_dilated_p.bind(x, w.transpose([axis % w.ndim for axis in permutation]), **params)
-
-        return _linear(convolve, x, self.packed, casts)
+        return _linear(convolution(permutation, params), x, self.packed, casts)
 
     def materialize(self) -> jax.Array:
         return self.packed.decode()
@@ -81,9 +73,7 @@ class PackedWeight(WeightView):
         return replace(self, packed=jax.tree.map(lambda leaf: PartitionSpec(*spec), self.packed))
 
 
-def _linear(
-    fn: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, packed: Packed, casts: tuple[Any, ...]
-) -> jax.Array:
+def _linear(fn: Product, x: jax.Array, packed: Packed, casts: tuple[Any, ...]) -> jax.Array:
     """Returns ``fn(x, w)``, linear in x, with w decoded in forward and again in backward, and never a residual."""
     x = jaxpr_compat.vary_like(x, jax.tree.leaves(packed))
     like = jaxpr_compat.abstract_like(x.shape, x.dtype, [x])

@@ -14,7 +14,7 @@ from memjax.core.views import is_view
 from memjax.weights import lift, nbytes
 from tests.models.weights import minilm_path, smollm2_path
 
-pytestmark = pytest.mark.network_weights
+pytestmark = pytest.mark.packaged_weights
 WINDOW_TOKENS = 513
 KJV_FIRST_TWO = 1.3949  # of the same windows as the published 2.096 over sixteen
 
