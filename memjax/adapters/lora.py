@@ -257,7 +257,7 @@ def lora(
     """
     ranks = rank.values() if isinstance(rank, Mapping) else [rank]
     if any(not isinstance(r, int) or r < 1 for r in ranks):
-        raise ValueError(f"rank must be a positive integer, got {rank}")
+        raise ValueError(f"rank must be a positive integer, got {rank!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if not callable(init) and init not in ("kaiming", "gaussian"):
@@ -266,7 +266,8 @@ def lora(
         raise ValueError(f"dtype must be floating point, got {dtype}")
     if scaling not in ("alpha_over_r", "rslora"):
         raise ValueError(f"scaling must be 'alpha_over_r' or 'rslora', got {scaling!r}")
-    return Lora(rank, alpha, targets, dropout, init, scaling, axes or {}, dtype)
+    table = {pattern: Axes(*_pair(entry)) for pattern, entry in (axes or {}).items()}
+    return Lora(rank, alpha, targets, dropout, init, scaling, table, jnp.dtype(dtype))
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[Lora, Theta]:
@@ -285,7 +286,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[Lora, Theta]:
     folder = Path(folder)
     for name in ("adapter.json", "adapter.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no adapter: {name} is missing")
+            raise FileNotFoundError(
+                f"{folder} holds no adapter: {name} is missing (a run writes its adapter when it ends; resume it)"
+            )
     try:
         settings = json.loads((folder / "adapter.json").read_text())
         if settings.pop("format", None) != FORMAT:

@@ -1,8 +1,9 @@
 """The block formats Q4_0, Q4_1 and Q8_0 of GGUF files: 32 elements and a float16 scale per block.
 
 Codes, scales and offsets are those that ggml's reference quantizer gives (blocks whose scale is below the
-smallest normal float32 excepted, which become zeros) where float32 division rounds correctly, as on a CPU; XLA's
-division on a GPU is off by an ulp at times, which can move an element that lies half-way between two codes. Source: ggml, `ggml-quants.c` and `gguf-py`.
+smallest normal float32 excepted, which become zeros) where float32 division rounds correctly, as on a CPU. XLA's
+division on a GPU is off by an ulp at times, which can move an element that lies half-way between two codes.
+Source: ggml, `ggml-quants.c` and `gguf-py`.
 """
 
 from __future__ import annotations

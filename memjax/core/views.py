@@ -160,6 +160,17 @@ class WeightView(abc.ABC):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
+def _outside_lift(self: WeightView, *operands: Any) -> Any:
+    raise TypeError(
+        f"{type(self).__name__} of shape {self.shape} is a weight view, not an array: call the function that uses it "
+        "as memjax.lift(fn)(params, ...)"
+    )
+
+
+for _name in ("getitem", "matmul", "rmatmul", "mul", "rmul", "add", "radd", "sub", "rsub", "truediv", "neg"):
+    setattr(WeightView, f"__{_name}__", _outside_lift)
+
+
 def is_view(x: Any) -> bool:
     """Returns whether ``x`` is a weight view (use as ``is_leaf=`` in `jax.tree` functions)."""
     return isinstance(x, WeightView)

@@ -64,7 +64,7 @@ def load(
       source: a Hugging Face folder, a ``.gguf`` file, "smollm2" or "minilm" (packaged weights), or a hub name.
       dtype: "float32" or "bfloat16"; dtype of dense leaves, and the logical dtype of packed ones.
       weights: "keep" leaves the packed tensors of a GGUF file packed, as weight views; "dense" decodes them; a codec
-        packs the leaves of ``targets`` while they are read, one layer at a time.
+        packs the leaves of ``targets`` while they are read, one layer at a time, and keeps the rest as "keep" does.
       targets: pattern or patterns of the leaves that a codec packs.
 
     Returns:
@@ -92,7 +92,7 @@ def load(
         if leaf_path in packed:
             codes = _fill(lambda i: _encode(weights, tensors[i], source, leaf_path), len(tensors), stacked)
             return PackedWeight(codes.astype(leaf.dtype), Axes())
-        if weights == "keep" and len(leaf.shape) == 2 + stacked and _keeps(leaf_path, tensors):
+        if weights != "dense" and len(leaf.shape) == 2 + stacked and _keeps(leaf_path, tensors):
             axes = Axes() if source.transpose else Axes(inputs=(-1,), outputs=(-2,))
             packed_leaf = _fill(lambda i: _packed(tensors[i], source), len(tensors), stacked)
             return PackedWeight(packed_leaf.astype(leaf.dtype), axes)

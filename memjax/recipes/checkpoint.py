@@ -82,7 +82,8 @@ class Checkpoints:
                 restored = self._manager.restore(step, args=items)
             # Orbax raises whatever its readers meet in a damaged file, so any Exception means "not this one".
             except Exception as error:
-                reasons.append(f"step {step}: {type(error).__name__}: {error}")
+                first_line = str(error).strip().partition("\n")[0][:200]
+                reasons.append(f"step {step}: {type(error).__name__}: {first_line}")
                 warnings.warn(f"skipped a checkpoint that does not load: {reasons[-1]}", stacklevel=2)
                 continue
             for broken in steps[steps.index(step) + 1 :]:

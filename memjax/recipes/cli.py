@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ class Generate:
             top_k=self.top_k,
             seed=self.seed,
         )
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,3 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         Console(stderr=True, highlight=False).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        Console(stderr=True).print("interrupted; go on from the last checkpoint with --resume and the run's folder")
+        os._exit(130)  # threads that write checkpoints would abort a regular exit

@@ -43,7 +43,7 @@ class FinetuneSettings:
       alpha: scale of the adapter times its rank; by default twice the rank.
       targets: patterns of the weights that are adapted.
       dropout: on the adapter's input.
-      format: how the frozen weights are held: as in the file, dense, or encoded.
+      format: how the frozen weights are held: as in the file, dense, or the targets encoded (the rest as in the file).
       group: weights per scale of int4 and int8.
       dtype: of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU.
       batch: sequences per step.
@@ -64,7 +64,7 @@ class FinetuneSettings:
       seed: of the order of the data, the adapter and dropout.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that are kept.
-      resume: folder of a run to go on with.
+      resume: folder of a run to go on with; every setting is taken from the run, --model too.
       out: folder for results; by default runs/MODEL-ADAPTER.
       prompt: start of the samples; by default the start of the held-out data.
       sample_tokens: tokens of each sample.
@@ -167,6 +167,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     for name in ("steps", "eval_windows", "sample_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
+    if settings.resume and settings.out and Path(settings.out) != Path(settings.resume):
+        raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
     if settings.accumulate < 1 or settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
     tx = make_optimizer(
@@ -211,6 +213,10 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     if settings.resume:
         check_same(checkpoints.settings(), recorded, FREE_SETTINGS)
         state = checkpoints.restore(state)
+        if int(state.step) >= settings.steps:
+            raise ValueError(
+                f"the run in {out} is finished: {settings.steps} steps are done, nothing is left to resume"
+            )
         console.print(f"resuming after step {int(state.step)} of {settings.steps}")
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
@@ -373,7 +379,7 @@ def _show(result: FinetuneResult, console: Console) -> None:
     texts = {"prompt": result.prompt, "before": result.sample_before, "after": result.sample_after}
     for name, text in texts.items():
         console.print(f"[bold]{name}:[/bold]", end=" ")
-        console.print(text.strip(), markup=False, highlight=False)
+        console.print(text.strip(), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{result.tokens_per_second:,.0f} tokens/s while training, {result.seconds:.0f} s in all; files in {result.out}"
     )

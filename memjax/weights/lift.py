@@ -139,7 +139,7 @@ def _call(jaxpr: Jaxpr, mode: _Mode) -> Callable[..., list[Any]]:
 
 def _consume(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     name = eqn.primitive.name
-    reason = "it has no rule for weight views"
+    reason = "packed and adapted weights have no rule for it"
     mode = replace(mode, line=jaxpr_compat.source_line(eqn) or mode.line)
     rule = _RULES.get(name)
     if rule is not None:

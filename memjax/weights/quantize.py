@@ -61,6 +61,8 @@ def quantize(params: Any, codec: Codec, where: Patterns = "**/kernel", axes: Axe
       ValueError: a pattern that matches nothing, groups that do not divide, non-finite weights; names the leaf.
       TypeError: a selected leaf that is a view already or not floating point.
     """
+    if not isinstance(codec, Codec):
+        raise TypeError(f"expected a codec such as memjax.codecs.int4(), got {codec!r}")
     chosen = set(select(params, where))
     check_table(params, axes)
 
@@ -91,7 +93,7 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       Logical path -> `Axes`, for every leaf with two or more axes that is contracted; pass it as ``axes=``.
 
     Raises:
-      ValueError: a weight that the function contracts along different axes in different places.
+      ValueError: a weight that the function contracts along different axes in different places, or no weight at all.
     """
     usage: dict[str, Usage] = {}
 
@@ -100,6 +102,10 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
         return lift_and_record(fn, usage)(probes, *args, **kwargs)
 
     jax.eval_shape(traced, params, args, kwargs)
+    if not usage:
+        raise ValueError(
+            "the function contracts no leaf of its first argument; pass it as infer_axes(fn, params, *args)"
+        )
     shapes = {path: leaf.shape for path, leaf in leaf_paths(params)}
     return {path: _axes_from(path, use, len(shapes[path])) for path, use in usage.items()}
 

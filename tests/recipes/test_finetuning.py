@@ -165,6 +165,17 @@ def test_a_folder_with_a_run_is_not_overwritten(text_run):
         finetune(settings, QUIET)
 
 
+def test_a_finished_run_and_another_folder_are_not_resumed(text_run, tmp_path):
+    settings, result = text_run
+    written = (result.out / "report.json").read_bytes()
+    again = dataclasses.replace(settings, resume=settings.out, out=None)
+    with pytest.raises(ValueError, match="is finished: 12 steps are done"):
+        finetune(again, QUIET)
+    with pytest.raises(ValueError, match="resumes in its own folder"):
+        finetune(dataclasses.replace(again, out=str(tmp_path)), QUIET)
+    assert (result.out / "report.json").read_bytes() == written
+
+
 def test_inspect_and_generate_commands(tiny_model, text_run, capsys):
     cli.main(["inspect", str(tiny_model), "--format", "int8", "--group", "16"])
     printed = capsys.readouterr().out

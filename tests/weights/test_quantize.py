@@ -199,3 +199,17 @@ def test_infer_axes_refuses_conflicting_use():
     assert there_and_back == {"w": Axes((-2,), (-1,))}
     tied = {"w": array(0, 8, 4)}
     assert weights.infer_axes(lambda p, i: p["w"][i] @ p["w"].T, tied, jnp.arange(3)) == {"w": Axes((-2,), (-1,))}
+
+
+def test_views_outside_lift_say_so():
+    x = jnp.ones((2, 16))
+    for use in (lambda w: x @ w, lambda w: w @ x, lambda w: w[0], lambda w: w * 2, lambda w: x + w):
+        with pytest.raises(TypeError, match=r"PackedWeight of shape \(16, 8\) is a weight view.*memjax.lift"):
+            use(weights.quantize({"kernel": array(0, 16, 8)}, CODEC)["kernel"])
+
+
+def test_a_codec_by_name_and_a_function_without_weights_are_refused():
+    with pytest.raises(TypeError, match="expected a codec such as memjax.codecs.int4"):
+        weights.quantize(params(), "int4")
+    with pytest.raises(ValueError, match="contracts no leaf of its first argument"):
+        weights.infer_axes(lambda params, x: x, params(), jnp.ones(3))
