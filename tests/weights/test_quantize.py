@@ -209,7 +209,7 @@ def test_views_outside_lift_say_so():
 
 
 def test_a_codec_by_name_and_a_function_without_weights_are_refused():
-    with pytest.raises(TypeError, match="expected a codec such as memjax.codecs.int4"):
+    with pytest.raises(TypeError, match="expected a codec such as"):
         weights.quantize(params(), "int4")
     with pytest.raises(ValueError, match="contracts no leaf of its first argument"):
         weights.infer_axes(lambda params, x: x, params(), jnp.ones(3))
