@@ -143,4 +143,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         Console(stderr=True).print("interrupted; go on from the last checkpoint with --resume and the run's folder")
+        sys.stdout.flush()
         os._exit(130)  # threads that write checkpoints would abort a regular exit
