@@ -1,4 +1,4 @@
-"""The only module that reads equation parameters or jax internals: what depends on jax versions is here."""
+"""The only module that touches jax internals, and the parts of jaxpr equations that differ between jax versions."""
 
 from __future__ import annotations
 

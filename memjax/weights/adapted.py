@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from memjax.core.views import Axes, WeightView
-from memjax.weights.dense import cast_chain, casting, in_order, product
+from memjax.weights.dense import casting, in_order, product
 
 
 class Delta(abc.ABC):
@@ -98,13 +98,13 @@ class LowRank(Delta):
         """Convolves with ``a`` (r features per group), then mixes the r features pointwise with ``b``."""
         numbers, groups = params["dimension_numbers"], params["feature_group_count"]
         rank, features = self.b.shape
-        kernel = jnp.tile(cast_chain(self.a, (dtype,)), groups)
+        kernel = jnp.tile(self.a.astype(dtype), groups)
         order = [axes.inputs.index(axis) if axis in axes.inputs else len(axes.inputs) for axis in permutation]
         h = lax.conv_general_dilated_p.bind(x, kernel.transpose(order), **params)
         channel = numbers.out_spec[1]
         h = jnp.moveaxis(h, channel, -1) * jnp.asarray(self.scale, h.dtype)
         h = h.reshape(*h.shape[:-1], groups, rank)
-        b = cast_chain(self.b, (dtype,)).reshape(rank, groups, features // groups)
+        b = self.b.astype(dtype).reshape(rank, groups, features // groups)
         y = jnp.einsum("...gr,rgf->...gf", h, b, precision=params["precision"])
         return jnp.moveaxis(y.reshape(*y.shape[:-2], features), -1, channel)
 

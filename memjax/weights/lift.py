@@ -92,7 +92,7 @@ def _lift(fn: Callable[..., Any], mode: _Mode) -> Callable[..., Any]:
         jaxpr, out_shape = jaxpr_compat.trace(flat_fn, *abstract)
         values = [arrange(leaves[i], labels[i]) if is_view(leaves[i]) else leaves[i] for i in dynamic]
         outputs = []
-        for value in _evaluate(jaxpr, jaxpr_compat.consts_of(jaxpr), values, mode):
+        for value in _evaluate(jaxpr, values, mode):
             if isinstance(value, Arranged):
                 if not mode.allow_dense:
                     raise TypeError(
@@ -114,8 +114,8 @@ def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], mode: _Mode) -> list[Any]:
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts))
+def _evaluate(jaxpr: Jaxpr, args: Sequence[Any], mode: _Mode) -> list[Any]:
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr)))
     env.update(zip(jaxpr.invars, args))
 
     def read(atom: Any) -> Any:
@@ -134,7 +134,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], mode: _M
 
 def _call(jaxpr: Jaxpr, mode: _Mode) -> Callable[..., list[Any]]:
     """Returns a jaxpr as a function of its inputs, views allowed."""
-    return lambda *args: _evaluate(jaxpr, jaxpr_compat.consts_of(jaxpr), args, mode)
+    return lambda *args: _evaluate(jaxpr, args, mode)
 
 
 def _consume(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -344,7 +344,7 @@ def _jit(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
         return jax.tree.leaves(rule(functools.partial(_lift, mode=mode), *values))
     if jaxpr_compat.has_shardings(eqn):
         raise UnsupportedError("it is a nested jit with in_shardings or out_shardings; put them on the outer jit")
-    return _call(eqn.params["jaxpr"], mode)(*values)
+    return _call(jaxpr_compat.body_of(eqn), mode)(*values)
 
 
 def _eval_jaxpr(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
@@ -360,7 +360,7 @@ def _custom(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
 
 
 def _checkpoint(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
-    body, prevent_cse = _call(eqn.params["jaxpr"], mode), eqn.params["prevent_cse"]
+    body, prevent_cse = _call(jaxpr_compat.body_of(eqn), mode), eqn.params["prevent_cse"]
     if isinstance(prevent_cse, bool):
         prevent_cse = (prevent_cse,) * len(values)
     if eqn.params["differentiated"]:  # an inner gradient recomputes here; XLA must not merge that with the original
