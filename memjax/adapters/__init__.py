@@ -1,5 +1,6 @@
 """Adapters: few trained numbers that change a frozen model. One file per method."""
 
-from memjax.adapters.lora import Lora, MergeError, load, lora
+from memjax.adapters.adapter import Adapter, AdapterBytes, MergeError, load
+from memjax.adapters.lora import Lora, lora
 
-__all__ = ["Lora", "MergeError", "load", "lora"]
+__all__ = ["Adapter", "AdapterBytes", "Lora", "MergeError", "load", "lora"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -196,19 +197,15 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     loader = data_.Loader(train, settings.batch, settings.seed)
     alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
     adapter = adapters.lora(rank=settings.rank, alpha=alpha, targets=settings.targets, dropout=settings.dropout)
-    frozen = model.params
-
-    # A function, because a training step donates its state.
-    def new_theta() -> Any:
-        return adapter.init(jax.random.key(settings.seed), frozen)
+    frozen, start = adapter.prepare(jax.random.key(settings.seed), model.params)
 
     out = Path(settings.resume or settings.out or f"runs/{Path(settings.model).stem}-{settings.adapter}")
     recorded = dataclasses.asdict(settings) | {
         "targets": list(settings.targets),
-        "dtype": str(frozen["norm"]["scale"].dtype),
+        "dtype": str(model.params["norm"]["scale"].dtype),
         "data_sha256": data_.digest(data_.find(settings.data)),
     }
-    state = init_state(new_theta(), tx)
+    state = init_state(jax.tree.map(jnp.copy, start), tx)  # a copy, because a training step donates its state
     checkpoints = Checkpoints(out, keep=settings.keep)
     if settings.resume:
         check_same(checkpoints.settings(), recorded, FREE_SETTINGS)
@@ -252,7 +249,6 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         f"{settings.model}: {nbytes(frozen) / 2**20:.1f} MiB frozen, {nbytes(state.theta) / 2**20:.2f} MiB trained; "
         f"{len(train.inputs)} training windows of {settings.seq} tokens"
     )
-    start = new_theta() if done else state.theta
     evaluate_at(0, start)
     sample_before = sample(start)
     del start
@@ -287,7 +283,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     activations += working_bytes(model.config, frozen, rows, settings.seq, settings.chunk)
     report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
     checkpoints.close()
-    adapter.save(out / "adapter", state.theta)
+    adapter.save(out / "adapter", state.theta, frozen)
     sample_after = sample(state.theta)
     before, after = (Evaluation(evaluations[at]["nll"], evaluations[at]["tokens"]) for at in (0, settings.steps))
     losses = [row["loss"] for row in read_metrics(metrics_log.path)]

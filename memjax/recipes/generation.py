@@ -40,8 +40,8 @@ def generate_text(
     params = model.params
     if adapter is not None:
         inside = Path(adapter) / "adapter"
-        method, theta = adapters.load(inside if inside.is_dir() else adapter)
-        params = method.attach(params, theta)
+        method, frozen, theta = adapters.load(inside if inside.is_dir() else adapter, params)
+        params = method.attach(frozen, theta)
     if chat:
         ids = model.tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
     else:

@@ -2,7 +2,7 @@
 
 from memjax.core.bytes import nbytes
 from memjax.core.views import Axes, WeightView, is_view, materialize
-from memjax.weights.adapted import Adapted, Delta, LowRank
+from memjax.weights.adapted import Adapted, Anchored, Delta, LowRank
 from memjax.weights.dense import Dense
 from memjax.weights.io import load, save
 from memjax.weights.lift import lift
@@ -11,6 +11,7 @@ from memjax.weights.quantize import LeafReport, Report, astype, axes_of, infer_a
 
 __all__ = [
     "Adapted",
+    "Anchored",
     "Axes",
     "Delta",
     "Dense",

@@ -213,3 +213,45 @@ class Adapted(WeightView):
     def specs(self, spec: tuple[Any, ...]) -> Any:
         deltas = tuple(delta.specs(spec, self.axes) for delta in self.deltas)
         return replace(self, base=self.base.specs(spec), deltas=deltas)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "constants"], meta_fields=["method"])
+@dataclass(frozen=True)
+class Anchored(WeightView):
+    """A frozen weight and the constants that an adapter keeps beside it; of no use until the adapter is attached.
+
+    Attributes:
+      base: what is left of the weight.
+      constants: name -> array; batch axes lead.
+      method: the adapter's method.
+    """
+
+    base: WeightView
+    constants: dict[str, jax.Array]
+    method: str
+
+    @property
+    def axes(self) -> Axes:  # type: ignore[override]
+        return self.base.axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"the weight of shape {self.shape} was prepared for {self.method}: use it as adapter.attach(frozen, theta)"
+        )
+
+    dot = take = conv = materialize = _refuse
+
+    def astype(self, dtype: Any) -> Anchored:
+        return replace(self, base=self.base.astype(dtype))
+
+    def specs(self, spec: tuple[Any, ...]) -> Any:
+        constants: Any = dict.fromkeys(self.constants, PartitionSpec(*spec[: len(spec) - self.axes.ndim]))
+        return replace(self, base=self.base.specs(spec), constants=constants)

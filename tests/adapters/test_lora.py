@@ -337,7 +337,8 @@ def test_save_and_load(tmp_path):
     theta = adapter.init(jax.random.key(0), params())
     adapter.save(tmp_path / "a", theta)
     assert sorted(os.listdir(tmp_path / "a")) == ["adapter.json", "adapter.safetensors"]
-    again, loaded = adapters.load(tmp_path / "a")
+    again, frozen, loaded = adapters.load(tmp_path / "a", params())
+    assert not any(map(is_view, jax.tree.leaves(frozen, is_leaf=is_view)))
     assert jax.tree.structure(loaded) == jax.tree.structure(theta)
     for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(theta)):
         assert x.dtype == y.dtype
@@ -351,7 +352,7 @@ def test_save_and_load(tmp_path):
 
 def test_what_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter.json is missing"):
-        adapters.load(tmp_path)
+        adapters.load(tmp_path, params())
     adapter = adapters.lora(rank=2, targets="head/kernel")
     theta = adapter.init(jax.random.key(0), params())
     adapter.save(tmp_path, theta)
@@ -360,30 +361,30 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     def refused(changed):
         text = changed if isinstance(changed, str) else json.dumps(changed)
         (tmp_path / "adapter.json").write_text(text)
-        with pytest.raises(ValueError, match="is not a readable LoRA adapter"):
-            adapters.load(tmp_path)
+        with pytest.raises(ValueError, match="is not a readable adapter"):
+            adapters.load(tmp_path, params())
 
     for changed in (
         "{",
         "[]",
         {},
-        {**settings, "format": "memjax-lora-9"},
+        {**settings, "format": "memjax-adapter-9"},
         {**settings, "rank": "2"},
         {**settings, "surprise": 1},
         {**settings, "axes": {"a": 3}},
         {**settings, "axes": [1]},
         {**settings, "dtype": "float99"},
-        {key: value for key, value in settings.items() if key != "init"},
+        {**settings, "method": "telepathy"},
     ):
         refused(changed)
     (tmp_path / "adapter.json").write_text(json.dumps(settings))
     whole = (tmp_path / "adapter.safetensors").read_bytes()
     (tmp_path / "adapter.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(ValueError, match="is not a readable LoRA adapter"):
-        adapters.load(tmp_path)
+    with pytest.raises(ValueError, match="is not a readable adapter"):
+        adapters.load(tmp_path, params())
     adapter.save(tmp_path, {"head/kernel": {"a": theta["head/kernel"]["a"]}})
-    with pytest.raises(ValueError, match=r"expected the factors a and b of head/kernel, found \['a'\]"):
-        adapters.load(tmp_path)
+    with pytest.raises(ValueError, match=r"head/kernel: expected the factors a and b, found \['a'\]"):
+        adapters.load(tmp_path, params())
 
 
 def test_a_failed_save_keeps_the_previous_adapter(tmp_path, monkeypatch):
@@ -397,4 +398,4 @@ def test_a_failed_save_keeps_the_previous_adapter(tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(OSError, match="No space"):
         adapter.save(tmp_path, jax.tree.map(lambda x: x + 1, theta))
-    np.testing.assert_array_equal(adapters.load(tmp_path)[1]["head/kernel"]["a"], theta["head/kernel"]["a"])
+    np.testing.assert_array_equal(adapters.load(tmp_path, params())[2]["head/kernel"]["a"], theta["head/kernel"]["a"])

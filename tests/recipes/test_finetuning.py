@@ -50,9 +50,10 @@ def test_a_run_learns_and_writes_everything(text_run):
 
 def test_the_saved_adapter_is_the_trained_one(text_run):
     settings, result = text_run
-    adapter, theta = adapters.load(result.out / "adapter")
-    jax.tree.map(np.testing.assert_array_equal, theta, result.theta)
     model = models.load(settings.model, dtype="float32")
+    adapter, frozen, theta = adapters.load(result.out / "adapter", model.params)
+    assert frozen is model.params
+    jax.tree.map(np.testing.assert_array_equal, theta, result.theta)
     loss = make_loss(model, adapter, dataclasses.replace(settings, format="dense"), dropout=False)
     from memjax.recipes import data
     from memjax.recipes.evaluate import make_evaluate
