@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.codecs.packed import Codec, Rounding, check_scale_dtype, from_bits, to_bits
+from memjax.codecs.packed import Codec, check_group, check_scale_dtype, from_bits, round_steps, scale_bits, to_bits
+from memjax.codecs.search import least_squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,10 @@ class Grouped(Codec):
     group: int | str
     symmetric: bool
     scale_dtype: str
+    search: bool = False
 
     def __post_init__(self) -> None:
-        if self.group != "channel" and not (
-            isinstance(self.group, int) and not isinstance(self.group, bool) and self.group > 0
-        ):
-            raise ValueError(f"group must be a positive integer or 'channel', got {self.group!r}")
+        check_group(self.group)
         check_scale_dtype(self.scale_dtype)
 
     @property
@@ -60,49 +59,78 @@ class Grouped(Codec):
         self, x: jax.Array, axes: tuple[int, ...], noise: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         high, low = jnp.max(x, axes, keepdims=True), jnp.min(x, axes, keepdims=True)
-        if not self.symmetric:
-            offset = to_bits(low, self.scale_dtype, "down")
-            x = x - from_bits(offset, self.scale_dtype)
-            span = high - from_bits(offset, self.scale_dtype)
-            scale = self._scale(span / (2**self.bits - 1), "up")
-            steps = _round(x / from_bits(scale, self.scale_dtype), noise)
-            return jnp.clip(steps, 0, 2**self.bits - 1).astype(jnp.uint8), scale, offset
-        half = 2 ** (self.bits - 1)
-        if noise is None:
-            scale = self._scale(jnp.where(-low > high, low, high) / -half, "nearest")
+        if self.search:
+            if noise is not None:
+                raise ValueError(f"{self} clips, so stochastic rounding would not be unbiased; use search=False")
+            center = jnp.zeros((), x.dtype) if self.symmetric else jnp.mean(x, axes, keepdims=True)
+
+            def propose(factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+                low_end, high_end = (end + (1 - factor) * (center - end) for end in (low, high))
+                return self._range(low_end, high_end, noise)
+
+            def squared_error(stored: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+                scale, offset = (None if bits is None else from_bits(bits, self.scale_dtype) for bits in stored)
+                values = self._steps(x, *stored, None) * scale
+                return jnp.sum((values - x if offset is None else values + offset - x) ** 2, axes, keepdims=True)
+
+            scale, offset = least_squares(propose, squared_error)
         else:
-            scale = self._scale(jnp.maximum(high, -low) / (half - 1), "up")
-        steps = jnp.clip(_round(x / from_bits(scale, self.scale_dtype), noise), -half, half - 1)
+            scale, offset = self._range(low, high, noise)
+        steps = self._steps(x, scale, offset, noise)
+        if not self.symmetric:
+            return steps.astype(jnp.uint8), scale, offset
+        half = 2 ** (self.bits - 1)
         codes = (steps + half).astype(jnp.uint8)
         return codes ^ np.uint8(half) if self.bits == 8 else codes, scale, None
 
-    def _scale(self, step: jax.Array, rounding: Rounding) -> jax.Array:
-        """Returns the bit patterns of ``step``, 1 where it is zero; an exact step survives rounding up."""
-        if rounding == "up":
-            step = step * np.float32(1 - 2**-20)
-        bits = to_bits(step, self.scale_dtype, rounding)
-        one = to_bits(jnp.ones((), jnp.float32), self.scale_dtype)
-        return jnp.where(from_bits(bits, self.scale_dtype) == 0, one, bits)
+    def _range(self, low: jax.Array, high: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the bit patterns of the scale and offset of groups that reach from ``low`` to ``high``."""
+        if not self.symmetric:
+            offset = to_bits(low, self.scale_dtype, "down")
+            span = high - from_bits(offset, self.scale_dtype)
+            return scale_bits(span / (2**self.bits - 1), self.scale_dtype, "up"), offset
+        half = 2 ** (self.bits - 1)
+        if noise is None:
+            return scale_bits(jnp.where(-low > high, low, high) / -half, self.scale_dtype, "nearest"), None
+        return scale_bits(jnp.maximum(high, -low) / (half - 1), self.scale_dtype, "up"), None
+
+    def _steps(self, x: jax.Array, scale: jax.Array, offset: jax.Array | None, noise: jax.Array | None) -> jax.Array:
+        """Returns the integers, float32, that times scale plus offset stand for ``x``."""
+        if offset is None:
+            half = 2 ** (self.bits - 1)
+            return jnp.clip(round_steps(x / from_bits(scale, self.scale_dtype), noise), -half, half - 1)
+        steps = (x - from_bits(offset, self.scale_dtype)) / from_bits(scale, self.scale_dtype)
+        return jnp.clip(round_steps(steps, noise), 0, 2**self.bits - 1)
 
 
-def _round(x: jax.Array, noise: jax.Array | None) -> jax.Array:
-    if noise is None:
-        return jnp.round(x)
-    whole = jnp.floor(x)
-    return whole + (noise < x - whole)
-
-
-def int8(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16") -> Grouped:
+def int8(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16", search: bool = False) -> Grouped:
     """Returns the 8-bit grouped codec.
 
     Args:
       group: consecutive elements that share a scale, or ``"channel"`` for all of the group axes.
       symmetric: signed codes and no offset; False stores an offset per group.
       scale_dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+      search: choose every group's scale for the least squared error, among 48 ranges from the group's own down to
+        0.27 of it; takes about 50 times as long.
     """
-    return Grouped(8, group, symmetric, scale_dtype)
+    return Grouped(8, group, symmetric, scale_dtype, search)
 
 
-def int4(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16") -> Grouped:
+def int6(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16", search: bool = False) -> Grouped:
+    """Returns the 6-bit grouped codec; arguments as in `int8`."""
+    return Grouped(6, group, symmetric, scale_dtype, search)
+
+
+def int4(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16", search: bool = False) -> Grouped:
     """Returns the 4-bit grouped codec; arguments as in `int8`."""
-    return Grouped(4, group, symmetric, scale_dtype)
+    return Grouped(4, group, symmetric, scale_dtype, search)
+
+
+def int3(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16", search: bool = False) -> Grouped:
+    """Returns the 3-bit grouped codec; arguments as in `int8`."""
+    return Grouped(3, group, symmetric, scale_dtype, search)
+
+
+def int2(group: int | str = 64, symmetric: bool = True, scale_dtype: str = "bfloat16", search: bool = False) -> Grouped:
+    """Returns the 2-bit grouped codec; arguments as in `int8`."""
+    return Grouped(2, group, symmetric, scale_dtype, search)

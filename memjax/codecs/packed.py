@@ -55,6 +55,28 @@ def from_bits(bits: jax.Array | np.ndarray, dtype: str) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.dtype(dtype)).astype(jnp.float32)
 
 
+def check_group(group: int | str) -> None:
+    """Raises ValueError unless ``group`` is a number of elements or ``"channel"``."""
+    if group != "channel" and not (isinstance(group, int) and not isinstance(group, bool) and group > 0):
+        raise ValueError(f"group must be a positive integer or 'channel', got {group!r}")
+
+
+def round_steps(x: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """Rounds to integers: to the nearest (ties to even), or up where ``noise`` is below the fraction."""
+    if noise is None:
+        return jnp.round(x)
+    whole = jnp.floor(x)
+    return whole + (noise < x - whole)
+
+
+def scale_bits(step: jax.Array, dtype: str, rounding: Rounding) -> jax.Array:
+    """Returns the bit patterns of ``step``, 1 where it is zero; an exact step survives rounding up."""
+    if rounding == "up":
+        step = step * np.float32(1 - 2**-20)
+    bits = to_bits(step, dtype, rounding)
+    return jnp.where(from_bits(bits, dtype) == 0, to_bits(jnp.ones((), jnp.float32), dtype), bits)
+
+
 def group_blocks(shape: tuple[int, ...], axes: tuple[int, ...], group: int | str) -> tuple[int, ...]:
     """Returns how many elements of each group axis one group covers.
 
@@ -84,8 +106,15 @@ def group_blocks(shape: tuple[int, ...], axes: tuple[int, ...], group: int | str
     return tuple(reversed(blocks))
 
 
-def _blocked(x: jax.Array, axes: tuple[int, ...], counts: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Splits every group axis into (group, element); returns the array and the element axes, negative."""
+def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeats the elements of ``x`` along every axis to ``shape``, whose sizes are multiples of its own."""
+    split = [part for size in x.shape for part in (size, 1)]
+    repeated = [part for size, full in zip(x.shape, shape) for part in (size, full // size)]
+    return jnp.broadcast_to(x.reshape(split), repeated).reshape(shape)
+
+
+def blocked(x: jax.Array, axes: tuple[int, ...], counts: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Splits each of ``axes`` into (group, element); returns the array and the element axes, negative."""
     split = {axis % x.ndim: count for axis, count in zip(axes, counts)}
     shape: list[int] = []
     elements: dict[int, int] = {}
@@ -141,6 +170,14 @@ class Codec(abc.ABC):
         if self.bits == 8:
             return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
         return codes.astype(jnp.float32) - np.float32(2 ** (self.bits - 1))
+
+    def store_scales(self, scale: jax.Array, axes: tuple[int, ...]) -> Any:
+        """Returns what `Packed` keeps of the bit patterns ``scale``; see `scales`."""
+        return scale
+
+    def scales(self, scale: Any) -> jax.Array:
+        """Returns the float32 scales ``[..., n / group, ...]`` of what `store_scales` gave."""
+        return from_bits(scale, self.scale_dtype)
 
     def bits_per_element(self, group: int | None = None) -> float:
         """Returns the exact stored bits per element: ``bits + scale bits / group`` (twice with an offset).
@@ -206,7 +243,8 @@ class Packed:
 
     Attributes:
       planes: uint8 ``[..., n * plane_bits / 8, ...]``, packed along the last of ``axes`` as in `pack`.
-      scale: bit patterns of one scale per group, uint16 or uint32 ``[..., n / block, ...]``.
+      scale: bit patterns of one scale per group, uint16 or uint32 ``[..., n / group, ...]``; a codec may keep its
+        scales as several leaves, the first of which has one element per group (`Codec.scales` decodes either).
       offset: bit patterns of one offset per group, or None.
       codec: the format.
       axes: negative numbers of the axes along which groups run.
@@ -214,7 +252,7 @@ class Packed:
     """
 
     planes: tuple[jax.Array | np.ndarray, ...]
-    scale: jax.Array | np.ndarray
+    scale: Any
     offset: jax.Array | np.ndarray | None
     codec: Codec
     axes: tuple[int, ...]
@@ -233,6 +271,11 @@ class Packed:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of groups along each of `axes`."""
+        return tuple(jax.tree.leaves(self.scale)[0].shape[axis] for axis in self.axes)
 
     @property
     def nbytes(self) -> int:
@@ -262,11 +305,17 @@ class Packed:
           The array in `dtype` with ``axis`` of size n.
         """
         take = functools.partial(jnp.take, axis=axis, mode="clip")
+        size = self.shape[axis]
+
+        def take_spans(leaf: jax.Array | np.ndarray) -> jax.Array:
+            span = size // leaf.shape[axis]
+            return take(leaf, indices if span == 1 else indices // span)
+
         if axis not in self.axes:
-            return jax.tree.map(lambda leaf: take(leaf, indices), self).decode()
+            return jax.tree.map(take_spans, self).decode()
         if len(self.axes) > 1:
             raise ValueError(f"cannot look up along axis {axis}, one of the group axes {self.axes}")
-        group = self.shape[axis] // self.scale.shape[axis]
+        group = size // self.counts[0]
         column = [1] * self.ndim
         column[axis] = -1
         position = indices % group
@@ -277,9 +326,9 @@ class Packed:
             field = take(plane, indices // group * stride + position % stride) >> shift
             codes = codes | ((field & np.uint8(2**width - 1)) << np.uint8(low))
             low += width
-        values = self.codec.values(codes) * from_bits(take(self.scale, indices // group), self.codec.scale_dtype)
+        values = self.codec.values(codes) * self.codec.scales(jax.tree.map(take_spans, self.scale))
         if self.offset is not None:
-            values = values + from_bits(take(self.offset, indices // group), self.codec.scale_dtype)
+            values = values + from_bits(take_spans(self.offset), self.codec.scale_dtype)
         return values.astype(self.dtype)
 
     def astype(self, dtype: Any) -> Packed:
@@ -308,30 +357,32 @@ def _max_abs(x: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _encode(
     codec: Codec, axes: tuple[int, ...], x: jax.Array, words: tuple[jax.Array, jax.Array] | None
-) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array | None]:
+) -> tuple[tuple[jax.Array, ...], Any, jax.Array | None]:
     x = lax.stop_gradient(x)
     blocks = group_blocks(x.shape, axes, codec.group)
     counts = tuple(x.shape[axis] // block for axis, block in zip(axes, blocks))
     noise = None
     if words is not None:
-        noise, _ = _blocked(uniform(hash_bits(words, flat_counter(x.shape))), axes, counts)
-    groups, elements = _blocked(x.astype(jnp.float32), axes, counts)
+        noise, _ = blocked(uniform(hash_bits(words, flat_counter(x.shape))), axes, counts)
+    groups, elements = blocked(x.astype(jnp.float32), axes, counts)
     codes, scale, offset = codec.quantize(groups, elements, noise)
     planes = pack(codes.reshape(x.shape), codec.bits, axes[-1], blocks[-1])
-    scale = scale.squeeze(elements)
-    return planes, scale, None if offset is None else offset.squeeze(elements)
+    return (
+        planes,
+        codec.store_scales(scale.squeeze(elements), axes),
+        None if offset is None else offset.squeeze(elements),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _decode(packed: Packed, dtype: np.dtype) -> jax.Array:
     shape, axes, codec = packed.shape, packed.axes, packed.codec
-    counts = tuple(packed.scale.shape[axis] for axis in axes)
+    counts = packed.counts
     codes = unpack(packed.planes, codec.bits, axes[-1], shape[axes[-1]] // counts[-1])
-    values = _blocked(codec.values(codes), axes, counts)[0]
-    scale = from_bits(packed.scale, codec.scale_dtype)
-    values = values * _blocked(scale, axes, counts)[0]
+    values = blocked(codec.values(codes), axes, counts)[0]
+    values = values * blocked(codec.scales(packed.scale), axes, counts)[0]
     if packed.offset is not None:
-        values = values + _blocked(from_bits(packed.offset, codec.scale_dtype), axes, counts)[0]
+        values = values + blocked(from_bits(packed.offset, codec.scale_dtype), axes, counts)[0]
     return values.reshape(shape).astype(dtype)
 
 
