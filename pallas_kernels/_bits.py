@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits per code -> bits per element of each uint8 plane, least significant bits of the code first."""
 
 
@@ -113,12 +113,12 @@ def pack(codes: jax.Array, bits: int, axis: int, block: int) -> tuple[jax.Array,
 
     Within a block, element j of a plane with k elements per byte sits in byte ``j % (block / k)``, at bit
     ``(8 / k) * (j // (block / k))``: contiguous slices are shifted and joined, nothing moves between lanes.
-    For 4 bits and a block of 32 this is the order of GGUF. Codes of 3 and 6 bits take two planes (2 + 1 and
-    4 + 2 bits).
+    For 4 bits and a block of 32 this is the order of GGUF. Other widths take a plane per power of two (6 bits:
+    4 + 2).
 
     Args:
       codes: uint8 ``[..., n, ...]`` below ``2**bits``.
-      bits: 1, 2, 3, 4, 6 or 8.
+      bits: 1 to 8.
       axis: the axis that is packed.
       block: elements per block; divides n.
 

@@ -69,9 +69,10 @@ class Grouped(Codec):
                 return self._range(low_end, high_end, noise)
 
             def squared_error(stored: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-                scale, offset = (None if bits is None else from_bits(bits, self.scale_dtype) for bits in stored)
-                values = self._steps(x, *stored, None) * scale
-                return jnp.sum((values - x if offset is None else values + offset - x) ** 2, axes, keepdims=True)
+                values = self._steps(x, *stored, None) * from_bits(stored[0], self.scale_dtype)
+                if stored[1] is not None:
+                    values = values + from_bits(stored[1], self.scale_dtype)
+                return jnp.sum((values - x) ** 2, axes, keepdims=True)
 
             scale, offset = least_squares(propose, squared_error)
         else:
