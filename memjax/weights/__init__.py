@@ -4,6 +4,7 @@ from memjax.core.bytes import nbytes
 from memjax.core.views import Axes, WeightView, is_view, materialize
 from memjax.weights.adapted import Adapted, Anchored, Delta, LowRank
 from memjax.weights.dense import Dense
+from memjax.weights.finequant import GroupPlan, finequant
 from memjax.weights.io import load, save
 from memjax.weights.lift import lift
 from memjax.weights.packed import PackedWeight
@@ -15,6 +16,7 @@ __all__ = [
     "Axes",
     "Delta",
     "Dense",
+    "GroupPlan",
     "LeafReport",
     "LowRank",
     "PackedWeight",
@@ -22,6 +24,7 @@ __all__ = [
     "WeightView",
     "astype",
     "axes_of",
+    "finequant",
     "infer_axes",
     "is_view",
     "lift",

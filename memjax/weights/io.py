@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.codecs import Gguf, Grouped, Packed
+from memjax.codecs import Bipolar, Fp8, Gguf, Grouped, Nf4, Packed
 from memjax.core.files import replacing
 from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view, make_axes
 from memjax.weights.packed import PackedWeight
 
 FORMAT = "memjax-weights-1"
-_CODECS: dict[str, Any] = {"grouped": Grouped, "gguf": Gguf}
+_CODECS: dict[str, Any] = {"grouped": Grouped, "gguf": Gguf, "bipolar": Bipolar, "nf4": Nf4, "fp8": Fp8}
 
 
 def save(path: str | os.PathLike[str], params: Any) -> None:
@@ -53,11 +53,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
                 "outputs": leaf.axes.outputs,
                 "dtype": jnp.dtype(packed.dtype).name,
             }
-            for i, plane in enumerate(packed.planes):
-                tensors[f"{name}#plane{i}"] = np.asarray(plane)
-            tensors[f"{name}#scale"] = np.asarray(packed.scale)
-            if packed.offset is not None:
-                tensors[f"{name}#offset"] = np.asarray(packed.offset)
+            for part, tensor in _parts(packed).items():
+                tensors[f"{name}#{part}"] = np.asarray(tensor)
         elif is_view(leaf) or not hasattr(leaf, "dtype"):
             raise TypeError(f"{name}: expected an array or a packed weight to save, got {type(leaf).__name__}")
         else:
@@ -107,24 +104,28 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return params
 
 
+def _parts(packed: Packed) -> dict[str, Any]:
+    """Returns the leaves of ``packed`` by their names in the file, in the order of the leaves."""
+    parts = {f"plane{i}": plane for i, plane in enumerate(packed.planes)}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(packed.scale)[0]:
+        parts[".".join(["scale", *(key.name for key in keys)])] = leaf
+    return parts if packed.offset is None else {**parts, "offset": packed.offset}
+
+
 def _packed(path: str, name: str, recorded: dict[str, Any], tensors: dict[str, Any]) -> PackedWeight:
     try:
-        codec = _CODECS[recorded["codec"]](**recorded["settings"])
-        planes = tuple(tensors[f"{name}#plane{i}"] for i in range(sum(k.startswith(f"{name}#plane") for k in tensors)))
-        packed = Packed(
-            planes,
-            tensors[f"{name}#scale"],
-            tensors.get(f"{name}#offset"),
-            codec,
-            tuple(recorded["group_axes"]),
-            jnp.dtype(recorded["dtype"]),
-        )
-        axes = make_axes(recorded["inputs"], recorded["outputs"], packed.ndim)
-        expected = jax.eval_shape(lambda: codec.encode(jnp.zeros(packed.shape, packed.dtype), packed.axes))
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded["settings"].items()}
+        codec = _CODECS[recorded["codec"]](**settings)
+        plane, axes = tensors[f"{name}#plane0"], tuple(recorded["group_axes"])
+        shape = Packed((plane,), None, None, codec, axes, jnp.dtype(recorded["dtype"])).shape
+        weight_axes = make_axes(recorded["inputs"], recorded["outputs"], len(shape))
+        expected = jax.eval_shape(lambda: codec.encode(jnp.zeros(shape, recorded["dtype"]), axes))
+        leaves = [tensors[f"{name}#{part}"] for part in _parts(expected)]
+        packed = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
         raise ValueError(f"{path}: {name} does not fit its recorded format {recorded}: {problem}") from None
-    found = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(packed)]
-    wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
-    if found != wanted:
+    found = {key.partition("#")[2]: (t.shape, t.dtype) for key, t in tensors.items() if key.partition("#")[0] == name}
+    wanted = {part: (leaf.shape, leaf.dtype) for part, leaf in _parts(expected).items()}
+    if found != wanted or packed.axes != axes:
         raise ValueError(f"{path}: {name} holds {found}, but its recorded format needs {wanted}")
-    return PackedWeight(packed, axes)
+    return PackedWeight(packed, weight_axes)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from memjax.codecs import Packed
+from memjax.codecs import NestedScale, Packed
 from memjax.core import jaxpr_compat
 from memjax.core.views import Axes, WeightView
 from memjax.weights.dense import Product, cast_chain, convolution, dot_by
@@ -70,7 +70,16 @@ class PackedWeight(WeightView):
         return replace(self, packed=self.packed.astype(dtype))
 
     def specs(self, spec: tuple[Any, ...]) -> Any:
-        return replace(self, packed=jax.tree.map(lambda leaf: PartitionSpec(*spec), self.packed))
+        packed = jax.tree.map(lambda leaf: PartitionSpec(*spec), self.packed)
+        scale = self.packed.scale
+        if isinstance(scale, NestedScale):
+            # What all groups along an axis share has size 1 there, and every shard gets it whole.
+            shared: dict[str, Any] = {
+                name: PartitionSpec(*(entry if size > 1 else None for entry, size in zip(spec, leaf.shape)))
+                for name, leaf in (("absmax", scale.absmax), ("mean", scale.mean))
+            }
+            packed = replace(packed, scale=packed.scale._replace(**shared))
+        return replace(self, packed=packed)
 
 
 def _linear(fn: Product, x: jax.Array, packed: Packed, casts: tuple[Any, ...]) -> jax.Array:

@@ -48,22 +48,36 @@ def check_table(tree: Any, table: AxesTable | None) -> None:
         select(tree, pattern)
 
 
-def quantize(params: Any, codec: Codec, where: Patterns = "**/kernel", axes: AxesTable | None = None) -> Any:
+def quantize(
+    params: Any, codec: Codec | Mapping[str, Codec], where: Patterns | None = None, axes: AxesTable | None = None
+) -> Any:
     """Returns ``params`` with the selected weights stored as codes.
 
     Args:
-      params: any pytree of arrays; leaves that ``where`` does not select stay as they are.
-      codec: the format, such as ``memjax.codecs.int4(group=64)``; groups run along the input axes of a weight.
-      where: pattern(s) over logical paths, or a predicate of (path, leaf).
+      params: any pytree of arrays; leaves that are not selected stay as they are.
+      codec: the format, such as ``memjax.codecs.int4(group=64)``; groups run along the input axes of a weight. Or
+        pattern -> format, of which the first that matches a weight is taken.
+      where: pattern(s) over logical paths, or a predicate of (path, leaf). None: ``"**/kernel"``, or all weights
+        that the patterns of ``codec`` match.
       axes: pattern -> input and output axes, for weights that are not ``[*batch, in, out]``; see `infer_axes`.
 
     Raises:
-      ValueError: a pattern that matches nothing, groups that do not divide, non-finite weights; names the leaf.
+      ValueError: a pattern that matches nothing, a selected weight that no pattern of ``codec`` matches, groups that
+        do not divide, non-finite weights; names the leaf.
       TypeError: a selected leaf that is a view already or not floating point.
     """
-    if not isinstance(codec, Codec):
-        raise TypeError(f"expected a codec such as memjax.codecs.int4(), got {codec!r}")
+    table = dict(codec) if isinstance(codec, Mapping) else {"**": codec}
+    for entry in table.values():
+        if not isinstance(entry, Codec):
+            raise TypeError(f"expected a codec such as memjax.codecs.int4(), got {entry!r}")
+    if not table:
+        raise ValueError("expected a codec, or at least one pattern -> codec, got an empty mapping")
+    if where is None:
+        where = list(table) if isinstance(codec, Mapping) else "**/kernel"
     chosen = set(select(params, where))
+    for pattern in table:
+        if not any(match(pattern, path) for path in chosen):
+            raise ValueError(f"pattern {pattern!r} of the codecs matches no selected leaf")
     check_table(params, axes)
 
     def pack(path: str, leaf: Any) -> Any:
@@ -71,9 +85,11 @@ def quantize(params: Any, codec: Codec, where: Patterns = "**/kernel", axes: Axe
             return leaf
         if is_view(leaf):
             raise TypeError(f"{path}: expected a dense array to quantize, got {type(leaf).__name__}")
-        leaf_axes = axes_of(path, leaf.shape, axes)
+        leaf_codec, leaf_axes = lookup(table, path), axes_of(path, leaf.shape, axes)
+        if leaf_codec is None:
+            raise ValueError(f"{path}: no pattern of the codecs matches this leaf, which `where` selects")
         try:
-            return PackedWeight(codec.encode(leaf, leaf_axes.inputs), leaf_axes)
+            return PackedWeight(leaf_codec.encode(leaf, leaf_axes.inputs), leaf_axes)
         except (ValueError, TypeError) as problem:
             raise type(problem)(f"{path}: {problem}") from None
 
