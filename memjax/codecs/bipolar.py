@@ -55,8 +55,9 @@ class Bipolar(Codec):
         step = jnp.max(jnp.abs(x), axes, keepdims=True) / (2**self.bits - 1)
 
         def codes(scale: jax.Array) -> jax.Array:
-            scale = jnp.where(scale == 0, 1.0, scale)
-            return jnp.clip(round_steps((x / scale + (2**self.bits - 1)) / 2, noise), 0, 2**self.bits - 1)
+            steps = (x / jnp.where(scale == 0, 1.0, scale) + (2**self.bits - 1)) / 2
+            steps = jnp.floor(steps + 0.5) if noise is None else round_steps(steps, noise)
+            return jnp.clip(steps, 0, 2**self.bits - 1)
 
         if not self.search:
             scale = to_bits(step, self.scale_dtype, "nearest" if noise is None else "up")

@@ -82,7 +82,8 @@ class Nf4(Codec):
     With ``double``, the mean over the matrix is taken off these sizes and the rest is kept in 8 bits, with a float32
     scale for every 256 of them: ``4 + 8 / group + 32 / (256 group)`` bits per element, 4.127 at 64, and 32 bits per
     matrix (the group axes and all axes from the first of them on, at least the last two; axes before are a batch).
-    The 256 run along the group axes first, then along the others, as in bitsandbytes on the ``[out, in]`` weight.
+    The 256 run along the group axes first, then along the others, as in bitsandbytes on the ``[out, in]`` weight, so
+    codes and scales are the same but for the last bit of the mean, which the order of the summation decides.
     Where such a run would not be a rectangle of whole rows and columns, ``second`` or, where that is None, the
     largest rectangle of at most 256 whose sides divide the axes (the one with most groups of one column among equals)
     takes its place; codes of elements do not depend on it.
@@ -109,10 +110,10 @@ class Nf4(Codec):
 
         Fifteen selects and no gather: it stays elementwise, so that any consumer, loop or matmul, can absorb it.
         """
-        table: list[Any] = list(LEVELS)
+        table = [lax.full_like(codes, level, jnp.float32) for level in LEVELS]
         for bit in range(4):
             is_set = (codes >> np.uint8(bit)) & np.uint8(1) != 0
-            table = [jnp.where(is_set, above, below) for below, above in zip(table[::2], table[1::2])]
+            table = [lax.select(is_set, above, below) for below, above in zip(table[::2], table[1::2])]
         return table[0]
 
     def quantize(
@@ -170,7 +171,7 @@ def nf4(block: int = 64, double: bool = True) -> Nf4:
 
 def _reciprocal(x: jax.Array) -> jax.Array:
     """Returns ``1 / x`` rounded on its own, so that a product with it has bitsandbytes' two roundings."""
-    return lax.optimization_barrier(1 / jnp.maximum(x, np.float32(1e-38)))
+    return lax.optimization_barrier(1 / jnp.maximum(x, np.finfo(np.float32).tiny))
 
 
 def matrix_ndim(ndim: int, axes: tuple[int, ...]) -> int:

@@ -20,6 +20,7 @@ from memjax import codecs
 from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
 from memjax.core.views import Axes
 from memjax.models import bert, llama
+from memjax.models.bitsandbytes import Nf4Tensor, is_four_bit, join_quantized
 from memjax.models.gguf import GgufTensor, read_gguf
 from memjax.models.layers import Source
 from memjax.models.model import Config, Model, abstract
@@ -30,7 +31,7 @@ from memjax.weights import PackedWeight
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
-Tensor = SafeTensor | GgufTensor
+Tensor = SafeTensor | GgufTensor | Nf4Tensor
 
 
 class Checkpoint(NamedTuple):
@@ -63,8 +64,9 @@ def load(
     Args:
       source: a Hugging Face folder, a ``.gguf`` file, "smollm2" or "minilm" (packaged weights), or a hub name.
       dtype: "float32" or "bfloat16"; dtype of dense leaves, and the logical dtype of packed ones.
-      weights: "keep" leaves the packed tensors of a GGUF file packed, as weight views; "dense" decodes them; a codec
-        packs the leaves of ``targets`` while they are read, one layer at a time, and keeps the rest as "keep" does.
+      weights: "keep" leaves the packed tensors of a GGUF file or of a folder that bitsandbytes quantized (NF4)
+        packed, as weight views; "dense" decodes them; a codec packs the leaves of ``targets`` while they are read,
+        one layer at a time, and keeps the rest as "keep" does.
       targets: pattern or patterns of the leaves that a codec packs.
 
     Returns:
@@ -106,7 +108,11 @@ def _open_folder(folder: pathlib.Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
     settings = read_json(folder / "config.json")
-    tensors: dict[str, Tensor] = dict(read_safetensors(folder))
+    stored = read_safetensors(folder)
+    tensors: dict[str, Tensor] = dict(stored)
+    if is_four_bit(settings):
+        tensors = dict(join_quantized(stored))
+        del settings["quantization_config"]
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     family = settings.get("model_type")
     if family in llama.MODEL_TYPES:
@@ -167,7 +173,7 @@ def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _dense(tensor: Tensor, source: Source) -> np.ndarray:
     """Returns the tensor in the layout of its leaf: a view of the file, or float32 decoded from it."""
-    values = tensor.decode() if isinstance(tensor, GgufTensor) else tensor.read()
+    values = tensor.read() if isinstance(tensor, SafeTensor) else tensor.decode()
     if source.rotary_heads:
         values = _half_split(values, source.rotary_heads)
     return values.T if source.transpose else values
@@ -175,8 +181,11 @@ def _dense(tensor: Tensor, source: Source) -> np.ndarray:
 
 def _packed(tensor: Tensor, source: Source) -> codecs.Packed:
     """Returns the tensor in the layout of its leaf, still in the file's codes."""
-    assert isinstance(tensor, GgufTensor)  # `_keeps` said so
-    packed = codecs.from_gguf(tensor.kind, tensor.raw(), tensor.shape)
+    assert not isinstance(tensor, SafeTensor)  # `_keeps` said so
+    if isinstance(tensor, Nf4Tensor):
+        packed = tensor.packed()
+    else:
+        packed = codecs.from_gguf(tensor.kind, tensor.raw(), tensor.shape)
     if source.rotary_heads:
         packed = jax.tree.map(lambda leaf: _half_split(np.asarray(leaf), source.rotary_heads), packed)
     return packed.transpose((1, 0)) if source.transpose else packed
@@ -184,14 +193,18 @@ def _packed(tensor: Tensor, source: Source) -> codecs.Packed:
 
 def _keeps(path: str, tensors: list[Tensor]) -> bool:
     """Returns whether a leaf of these tensors can stay packed; warns where a mix of formats forbids it."""
-    kinds = {tensor.kind for tensor in tensors if isinstance(tensor, GgufTensor)}
-    if len(kinds) > 1 and kinds & set(PACKED_KINDS):
+    kinds = {tensor.dtype.name if isinstance(tensor, SafeTensor) else tensor.kind for tensor in tensors}
+    packed = {kind for kind in kinds if kind in PACKED_KINDS or kind.startswith("NF4")}
+    reason = ""
+    if packed and len(kinds) > 1:
+        reason = f"mixes the formats {', '.join(sorted(kinds))} over its layers"
+    elif any("across rows" in kind for kind in packed):
+        reason = f"is stored as {', '.join(packed)}, whose blocks do not end with the rows,"
+    if reason:
         warnings.warn(
-            f"{path} mixes the formats {', '.join(sorted(kinds))} over its layers and is decoded to a dense leaf; "
-            "load with weights=<a codec> to pack it",
-            stacklevel=2,
+            f"{path} {reason} and is decoded to a dense leaf; load with weights=<a codec> to pack it", stacklevel=2
         )
-    return len(kinds) == 1 and kinds <= set(PACKED_KINDS)
+    return bool(packed) and not reason
 
 
 def _encode(codec: codecs.Codec, tensor: Tensor, source: Source, path: str) -> codecs.Packed:

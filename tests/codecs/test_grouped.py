@@ -1,4 +1,4 @@
-"""Grouped int8 and int4: error bounds, limits, layouts, transforms and stochastic rounding."""
+"""The integer codecs, bipolar integers and fp8: error bounds, limits, layouts, transforms and stochastic rounding."""
 
 import itertools
 
@@ -12,11 +12,13 @@ from memjax.codecs.packed import from_bits, to_bits
 
 GRID = [
     pytest.param(make, symmetric, dtype, id=f"{make.__name__}-{'symmetric' if symmetric else 'affine'}-{dtype}")
-    for make, symmetric, dtype in itertools.product(
-        (codecs.int8, codecs.int4), (True, False), ("bfloat16", "float16", "float32")
-    )
+    for make, symmetric, dtype in [
+        *itertools.product((codecs.int8, codecs.int4), (True, False), ("bfloat16", "float16", "float32")),
+        *itertools.product((codecs.int6, codecs.int3, codecs.int2), (True, False), ("bfloat16",)),
+    ]
 ]
-FOUR = [param for param in GRID if param.values[2] == "bfloat16"]
+FOUR = [param for param in GRID if param.values[0] in (codecs.int8, codecs.int4) and param.values[2] == "bfloat16"]
+SPECIAL = [codecs.nf4(16), codecs.nf4(16, double=False), codecs.fp8(16), codecs.bipolar(3, 16)]
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -50,7 +52,7 @@ def test_error_is_at_most_half_a_step(make, symmetric, dtype):
         half = 2 ** (packed.codec.bits - 1)
         clipped = x / scales(packed) > half - 0.5
         assert (difference <= step * 1.501)[clipped].all()
-        assert clipped.mean() < 0.02
+        assert clipped.mean() < {2: 0.2, 3: 0.05}.get(packed.codec.bits, 0.02)
         difference = np.where(clipped, 0, difference)
     assert (difference <= step * 0.501 + rounding).all()
     assert (np.abs(difference) > step * 0.4).any()
@@ -72,7 +74,7 @@ def test_encoding_the_decoded_gives_the_same_codes(make, symmetric, dtype, out):
         assert_same(packed, again)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_default_grid_has_the_least_error_on_gaussian_data(bits):
     x = normal(2048, 64)
     largest = np.abs(x).max(-1, keepdims=True)
@@ -83,7 +85,9 @@ def test_default_grid_has_the_least_error_on_gaussian_data(bits):
         squared.append(np.mean((np.clip(np.rint(x / step), -half, half - 1) * step - x) ** 2))
     assert squared[0] < min(squared[1:])
     np.testing.assert_allclose(
-        squared[0] / np.array(squared[1:]), {4: [0.85, 0.78], 8: [0.95, 0.985]}[bits], atol=0.015
+        squared[0] / np.array(squared[1:]),
+        {2: [0.60, 0.30], 3: [0.76, 0.58], 4: [0.85, 0.78], 6: [0.93, 0.945], 8: [0.95, 0.985]}[bits],
+        atol=0.015,
     )
 
 
@@ -105,6 +109,110 @@ def test_constant_groups(make, symmetric, dtype):
     relative = {"bfloat16": 2**-9, "float16": 2**-11, "float32": 2**-23}[dtype]
     relative *= 2 if symmetric else 0.1
     np.testing.assert_allclose(packed.decode(), value.repeat(32, 1), rtol=relative + 2e-7)
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int3(16, False), codecs.nf4(8), *SPECIAL[2:]], ids=str)
+def test_lookups_decode_what_they_read(codec, axis):
+    packed = codec.encode(normal(3, 32, 6), axes=-2)
+    indices = jnp.array([2, 0, 1, 2])
+    expected = jnp.take(packed.decode(), indices, axis)
+    np.testing.assert_array_equal(packed.take(indices, axis), expected)
+
+
+@pytest.mark.parametrize(
+    "codec", [codecs.fp8(16), codecs.fp8(16, "float16"), codecs.bipolar(1, 16), codecs.bipolar(7, 16)], ids=str
+)
+def test_fp8_and_bipolar_grids(codec):
+    x = normal(64, 32)
+    x[0], x[1, :16], x[2] = 0, 0, np.exp(normal(32, scale=8))
+    packed = codec.encode(x, axes=-1)
+    decoded, step = np.asarray(packed.decode()), scales(packed)
+    if isinstance(codec, codecs.Fp8):
+        grid = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+        bound = np.maximum(np.abs(x) / 16 + step * 2 * (np.abs(x) > step * 447), step * 2.0**-10)
+    else:
+        grid, bound = np.arange(-(2**codec.bits) + 1, 2**codec.bits, 2, dtype=np.float32), step * 1.005 * 2**codec.bits
+        bound = np.minimum(bound, step + np.abs(x) * 2**-8)
+    nearest = np.abs(x[..., None] - grid * step[..., None])
+    np.testing.assert_allclose(np.abs(decoded - x), np.nanmin(nearest, axis=-1), rtol=1e-5, atol=1e-30)
+    assert (np.abs(decoded - x) <= bound * 1.00001).all()
+    assert (decoded[0] == 0).all() and (decoded[1, :16] == 0).all() and not np.signbit(decoded[0]).any()
+    assert_same(packed, codec.encode(decoded, axes=-1))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bipolar_words_are_sums_of_signed_bits(bits):
+    codes = np.arange(2**bits, dtype=np.uint8)
+    words = sum((2 * ((codes >> i) & 1).astype(int) - 1) * 2**i for i in range(bits))
+    found = codecs.to_bipolar(codes, bits)
+    np.testing.assert_array_equal(found, words)
+    np.testing.assert_array_equal(codecs.from_bipolar(found, bits), codes)
+    signed = codes.astype(int) - 2 ** (bits - 1)
+    np.testing.assert_array_equal(found, 2 * signed + 1)
+    x = words.repeat(8).astype(np.float32)
+    np.testing.assert_array_equal(codecs.bipolar(bits, "channel").encode(x, -1).decode(), x)
+
+
+def shrunk_ranges(x, bits, symmetric):
+    """Every candidate of the search for each row of ``x``: (squared error, decoded values) of float32 scales."""
+    half = 2 ** (bits - 1)
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    center = 0 if symmetric else x.mean(-1, keepdims=True)
+    for i in range(48):
+        first, last = low + i / 64 * (center - low), high + i / 64 * (center - high)
+        if symmetric:
+            scale, offset, least, most = np.where(-low > high, first, last) / -half, 0, -half, half - 1
+        else:
+            scale, offset, least, most = (last - first) / (2**bits - 1), first, 0, 2**bits - 1
+        decoded = np.clip(np.rint((x - offset) / scale), least, most) * scale + offset
+        yield ((decoded - x) ** 2).sum(-1, keepdims=True), decoded
+
+
+@pytest.mark.parametrize("make, symmetric", [(codecs.int2, True), (codecs.int4, True), (codecs.int3, False)])
+def test_search_takes_the_range_of_least_squared_error(make, symmetric):
+    x = normal(64, 64) + (0 if symmetric else 3)
+    x[:8, 0] *= 20
+    codec = make(64, symmetric, "float32", search=True)
+    packed = codec.encode(x, axes=-1)
+    errors, decoded = (np.array(part) for part in zip(*shrunk_ranges(x.astype(np.float64), codec.bits, symmetric)))
+    best = np.take_along_axis(decoded, errors.argmin(0)[None], 0)[0]
+    np.testing.assert_allclose(packed.decode(), best, rtol=2e-5, atol=2e-6)
+    plain = make(64, symmetric, "float32").encode(x, axes=-1)
+    assert codecs.error(x, packed).relative_frobenius < 0.97 * codecs.error(x, plain).relative_frobenius
+    assert_same(packed.planes, codec.encode(packed.decode(), axes=-1).planes)
+    with pytest.raises(ValueError, match="clips, so stochastic rounding would not be unbiased"):
+        codec.encode(x, -1, key=0)
+
+
+def test_search_keeps_one_candidate_at_a_time():
+    x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
+    temp = [
+        jax.jit(codecs.int2(64, search=search).encode).lower(x).compile().memory_analysis().temp_size_in_bytes
+        for search in (False, True)
+    ]
+    assert temp[1] <= temp[0] + 1.1 * 1024 * 256 * 4  # a loop holds its own copy of what it reads
+
+
+@pytest.mark.parametrize(
+    "codec, bits",
+    [
+        (codecs.int8("channel"), 8.004),
+        (codecs.int6(128), 6.125),
+        (codecs.int4(32), 4.5),
+        (codecs.int4(64), 4.25),
+        (codecs.int4(128), 4.125),
+        (codecs.int3(64), 3.25),
+        (codecs.int2(64), 2.25),
+        (codecs.fp8(), 8.004),
+        (codecs.bipolar(2, 128), 2.125),
+        (codecs.int4(256), 4.0625),
+    ],
+    ids=str,
+)
+def test_bits_per_weight_of_a_matrix(codec, bits):
+    packed = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    assert packed.bits_per_element == pytest.approx(bits, abs=1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -181,8 +289,11 @@ def test_several_group_axes(axes, group, scale_shape):
     np.testing.assert_array_equal(packed.decode(), np.moveaxis(expected, (0, 1), (3 + axes[0], 3 + axes[1])))
 
 
-@pytest.mark.parametrize("codec", [codecs.int8(16, False), codecs.int4(16)], ids=["int8-affine", "int4"])
-@pytest.mark.parametrize("key", [None, 3])
+@pytest.mark.parametrize(
+    "codec, key",
+    [*itertools.product((codecs.int8(16, False), codecs.int4(16)), (None, 3)), *((codec, None) for codec in SPECIAL)],
+    ids=str,
+)
 def test_batch_axes(codec, key):
     x = normal(3, 32, 5)
     stacked = codec.encode(x, axes=-2)
@@ -200,9 +311,16 @@ def test_batch_axes(codec, key):
     np.testing.assert_array_equal(scanned, stacked.decode())
 
 
-@pytest.mark.parametrize("permutation", list(itertools.permutations(range(3))))
-def test_transpose(permutation):
-    packed = codecs.int4(16).encode(normal(3, 32, 6), axes=-2)
+@pytest.mark.parametrize(
+    "codec, permutation",
+    [
+        *((codecs.int4(16), permutation) for permutation in itertools.permutations(range(3))),
+        *((codec, (2, 0, 1)) for codec in SPECIAL),
+    ],
+    ids=str,
+)
+def test_transpose(codec, permutation):
+    packed = codec.encode(normal(3, 32, 6), axes=-2)
     moved = packed.transpose(permutation)
     np.testing.assert_array_equal(moved.decode(), np.transpose(packed.decode(), permutation))
     assert_same(moved.transpose(np.argsort(permutation)), packed)
@@ -227,23 +345,34 @@ def test_channel_bits_need_the_size():
         codecs.int4("channel").bits_per_element()
 
 
-@pytest.mark.parametrize("make, symmetric, dtype", FOUR)
-def test_jit_gives_the_same_codes(make, symmetric, dtype):
-    codec, x = make(16, symmetric, dtype), normal(32, 8, scale=3)
+@pytest.mark.parametrize(
+    "codec", [*(p.values[0](16, *p.values[1:]) for p in FOUR), codecs.int2(16, False, search=True), *SPECIAL], ids=str
+)
+def test_jit_gives_the_same_codes(codec):
+    x = normal(32, 8, scale=3)
     assert_same(codec.encode(x), jax.jit(codec.encode)(x))
     packed = codec.encode(x)
     np.testing.assert_array_equal(packed.decode(), jax.jit(lambda p: p.decode())(packed))
 
 
-@pytest.mark.parametrize("make, symmetric, dtype", FOUR)
-def test_stochastic_rounding_is_unbiased(make, symmetric, dtype):
-    codec, draws = make(32, symmetric, dtype), 512
+@pytest.mark.parametrize(
+    "codec",
+    [*(p.values[0](32, *p.values[1:]) for p in FOUR), codecs.int2(32), codecs.bipolar(3, 32), codecs.fp8(32)],
+    ids=str,
+)
+def test_stochastic_rounding_is_unbiased(codec):
+    draws = 512
     x = np.concatenate([normal(4, 32), np.abs(normal(2, 32)), normal(2, 32) + 3])
     keys = jax.random.split(jax.random.key(0), draws)
     decode = jax.jit(jax.vmap(lambda key: codec.encode(x, -1, key).decode()))
     samples = np.asarray(decode(keys), np.float64)
     step = np.abs(scales(codec.encode(x, -1, keys[0])))
+    if isinstance(codec, codecs.Bipolar):
+        step = 2 * step
+    if isinstance(codec, codecs.Fp8):
+        step = step * 2.0 ** (np.maximum(np.floor(np.log2(np.abs(x / step))), -6) - 3)
     assert (np.abs(samples - x) <= step * 1.0001).all()
+    assert (samples.std(0) > 0).any()
     z = (samples.mean(0) - x) / (step * np.sqrt(0.25 / draws))
     assert np.abs(z).max() < 4.5
     assert abs(z.sum()) < 4 * np.sqrt(z.size)
@@ -263,14 +392,18 @@ def test_stochastic_rounding_depends_on_the_key_alone():
     np.testing.assert_allclose(grid, np.arange(-7, 8, dtype=np.float32)[:, None].repeat(32, 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int8(16, False), codecs.q4_1()], ids=str)
+@pytest.mark.parametrize(
+    "codec",
+    [codecs.int4(16), codecs.int8(16, False), codecs.q4_1(), codecs.bipolar(5, 16), *SPECIAL[1:3]],
+    ids=str,
+)
 def test_decode_is_elementwise(codec):
     packed = codec.encode(normal(2, 64, 4))
     inner = jax.make_jaxpr(lambda p: p.decode())(packed).jaxpr.eqns[0].params["jaxpr"]
     names = {equation.primitive.name for equation in inner.eqns}
     assert names <= {
         "add", "and", "bitcast_convert_type", "broadcast_in_dim", "convert_element_type", "iota", "mul",
-        "reshape", "shift_right_logical", "sub",
+        "ne", "or", "reshape", "select_n", "shift_left", "shift_right_logical", "sub",
     }  # fmt: skip
 
 
@@ -316,7 +449,7 @@ def test_codecs_are_hashable_values():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int8(16, False), codecs.q8_0()], ids=str)
+@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int8(16, False), codecs.q8_0(), *SPECIAL], ids=str)
 def test_non_finite_input_raises(codec, bad):
     x = normal(64, 4)
     x[3, 2] = bad

@@ -22,7 +22,18 @@ def tree():
         "count": jnp.arange(3),
     }
     packed = weights.quantize(dense, codecs.int8(group=8, symmetric=False), "layers/**", {"**/o/*": ((1, 2), 3)})
-    return weights.quantize(packed, codecs.q4_1(), "head/*")
+    packed = weights.quantize(packed, codecs.q4_1(), "head/*")
+    others = {
+        "nf4": codecs.nf4(),
+        "plain": codecs.nf4(double=False),
+        "shaped": codecs.Nf4(64, True, (1, 2)),
+        "fp8": codecs.fp8(),
+        "bipolar": codecs.bipolar(5, 16),
+        "search": codecs.int2(32, search=True),
+    }
+    stacks = weights.quantize({name: array(4, 2, 128, 6) for name in others}, others)
+    stacks["heads"] = weights.quantize({"w": array(5, 128, 2, 3)}, codecs.nf4(), "w", {"w": (0, (1, 2))})["w"]
+    return {**packed, **stacks}
 
 
 def assert_same(a, b):
@@ -137,6 +148,25 @@ def test_a_tampered_format_is_refused(tmp_path, change):
 def test_leaves_that_do_not_fit_the_format_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match=r"w\.safetensors: "):
         weights.load(rewritten(tmp_path / "w.safetensors", change_tensors=change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {**t, "w#scale.absmax": t["w#scale.absmax"][:, :2]},
+        lambda t: {**t, "w#scale.mean": t["w#scale.mean"].view(np.float32)},
+        lambda t: {name: t[name] for name in t if name != "w#scale.codes"},
+        lambda t: {**t, "w#scale": t["w#scale.codes"]},
+    ],
+)
+def test_nested_scales_that_do_not_fit_are_refused(tmp_path, change):
+    path = tmp_path / "w.safetensors"
+    weights.save(path, {"w": weights.quantize({"w": array(0, 2 * 64, 512)}, codecs.nf4(), "w")["w"]})
+    with safe_open(path, framework="numpy") as file:
+        recorded = file.metadata()
+    save_file({name: np.ascontiguousarray(t) for name, t in change(load_file(path)).items()}, path, metadata=recorded)
+    with pytest.raises(ValueError, match=r"w\.safetensors: w "):
+        weights.load(path)
 
 
 def test_files_that_are_something_else_are_refused(tmp_path):

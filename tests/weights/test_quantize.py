@@ -38,6 +38,26 @@ def test_quantize_packs_what_is_selected_and_nothing_else():
     assert [path for path, _ in weights_of(by_predicate)] == ["layers/up/kernel"]
 
 
+def test_codecs_by_pattern():
+    packed = weights.quantize(params(), {"head/*": codecs.nf4(block=8), "**/kernel": codecs.int2(group=8)})
+    assert {path: leaf.packed.codec for path, leaf in weights_of(packed)} == {
+        "head/kernel": codecs.nf4(block=8),
+        "layers/up/kernel": codecs.int2(group=8),
+    }
+    some = weights.quantize(params(), {"**/kernel": CODEC}, where="head/*")
+    assert [path for path, _ in weights_of(some)] == ["head/kernel"]
+    for table, where, message in (
+        ({"**/kernel": CODEC, "tail/*": CODEC}, None, r"pattern 'tail/\*' matches no leaf"),
+        ({"head/*": CODEC}, "**/kernel", "layers/up/kernel: no pattern of the codecs matches"),
+        ({"head/*": CODEC, "layers/**": CODEC}, "head/*", r"'layers/\*\*' of the codecs matches no selected leaf"),
+        ({}, None, "at least one pattern"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.quantize(params(), table, where)
+    with pytest.raises(TypeError, match=r"expected a codec such as .*, got 'int4'"):
+        weights.quantize(params(), {"**/kernel": "int4"})
+
+
 def weights_of(tree):
     return [(path, leaf) for path, leaf in leaf_paths(tree) if weights.is_view(leaf)]
 
@@ -125,6 +145,21 @@ def test_report():
     assert "layers/up/kernel" in str(report) and f"{report.packed_bytes:,}" in str(report)
     with pytest.raises(ValueError, match="embed/embedding"):
         weights.report({"head": dense["head"]}, packed)
+
+
+@pytest.mark.parametrize(
+    "codec, bits",
+    [
+        (codecs.nf4(block=8), 4 + 8 / 8 + (32 + 32) / (16 * 8)),
+        (codecs.fp8(), 8 + 16 / 16),
+        (codecs.bipolar(3, 8), 3 + 16 / 8),
+        (codecs.int6(16, symmetric=False), 6 + 32 / 16),
+    ],
+    ids=str,
+)
+def test_report_counts_every_bit(codec, bits):
+    report = weights.report(params(), weights.quantize(params(), codec))
+    assert row_of(report, "layers/up/kernel").bits_per_weight == bits
 
 
 def row_of(report, path):

@@ -111,6 +111,34 @@ def test_sharding_places_every_leaf(mesh):
     assert_close(lift(lambda w, x: x @ w[1])(kernel, x), x @ tree["up"]["kernel"].materialize()[1], 5e-6)
 
 
+@pytest.mark.parametrize("spec, blocks", [(P(None, "model"), (1, 2)), (P("data", "model"), (1, 2)), (P(), (1, 8))])
+def test_nested_scales_are_cut_with_the_weight_or_shared(mesh, spec, blocks):
+    w = array(0, 128, 1024)  # 256 scales are 2 rows of 128 columns
+    tree = {"kernel": weights.quantize({"w": w}, codecs.nf4(), "w")["w"]}
+    assert tree["kernel"].packed.scale.absmax.shape == (1, 8)
+    placed = jax.device_put(tree, weights.sharding(tree, mesh, {"kernel": spec}))["kernel"]
+    assert placed.packed.scale.absmax.sharding.shard_shape((1, 8)) == blocks
+    assert placed.packed.scale.mean.sharding.shard_shape((1, 1)) == (1, 1)
+    rows, columns = (*spec, None, None)[:2]
+
+    def body(v, x):
+        y = lift(lambda w, x: x @ w)(v, x)
+        return lax.psum(y, rows) if rows else y
+
+    specs = tree["kernel"].specs((rows, columns))
+    run = jax.shard_map(body, mesh=mesh, in_specs=(specs, P(None, rows)), out_specs=P(None, columns))
+    x = array(1, 2, 128)
+    assert_close(jax.jit(run)(placed, x), x @ tree["kernel"].materialize(), 5e-6)
+
+
+def test_a_shard_may_not_cut_a_second_level_block(mesh):
+    tree = {"kernel": weights.quantize({"w": array(0, 128, 256)}, codecs.nf4(), "w")["w"]}
+    with pytest.raises(ValueError, match=r"kernel: sharding axis 1 of packed/scale/absmax \[1, 2\].*4 parts would cut"):
+        weights.sharding(tree, mesh, {"kernel": P(None, "model")})
+    with pytest.raises(ValueError, match=r"sharding axis 0 of packed/scale/codes \[2, 256\].*4 parts would cut"):
+        weights.sharding(tree, mesh, {"kernel": P("model")})
+
+
 def test_sharding_errors_name_the_leaf(mesh):
     tree = {"up": {"kernel": weights.quantize({"w": array(0, 32, 16)}, codecs.int4(group=16), "w")["w"]}}
     with pytest.raises(ValueError, match="matches no leaf"):
