@@ -117,7 +117,7 @@ def _join(name: str, settings: dict[str, Any], parts: dict[str, Any]) -> Nf4Tens
             continue
         found = parts[part].read() if part in parts else np.zeros(0)
         if found.shape != table.shape or not np.allclose(found, table, rtol=0, atol=1e-6):
-            raise ValueError(f"tensor '{name}.{part}': expected the table of NF4, {table.shape}, found {found.shape}")
+            raise ValueError(f"tensor '{name}.{part}': expected the {table.size} values of NF4, found others")
     if nested and settings.get("nested_blocksize") != SECOND_BLOCK:
         raise ValueError(
             f"tensor {name!r}: expected nested blocks of {SECOND_BLOCK}, found {settings.get('nested_blocksize')!r}"

@@ -14,6 +14,7 @@ from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view, materialize
 from memjax.models import llama
 from memjax.models.layers import structure
+from tests import bitsandbytes_reference
 from tests.models.checkpoints import FOLDER, checkpoint, reference
 
 CONFIG = models.LlamaConfig(
@@ -254,6 +255,97 @@ def test_packed_gguf_tensors_stay_packed(tmp_path):
     with pytest.warns(UserWarning, match="mixes the formats"):
         half = models.load(tmp_path / "model.gguf")
     assert {leaf.dtype.name for _, leaf in leaf_paths(half.params)} == {"bfloat16"}
+
+
+FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+SETTINGS = dict(
+    model_type="llama",
+    vocab_size=50,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture
+def four_bit(tmp_path):
+    """Writes a model whose linear layers are in NF4, and returns a function that changes its tensors."""
+    rng = np.random.default_rng(0)
+    shapes = dict(leaf_paths(structure(models.Llama, CONFIG)[1]))
+    tensors = {}
+    for path, source in llama.hf_sources(CONFIG).items():
+        for i in range(CONFIG.num_layers if "{}" in source.name else 1):
+            shape = shapes[path].shape[1:] if "{}" in source.name else shapes[path].shape
+            name = source.name.format(i)
+            tensors[name] = rng.standard_normal(shape[::-1] if source.transpose else shape).astype(np.float32)
+            if "_proj" in name and name != "model.layers.1.self_attn.v_proj.weight":
+                nested = "o_proj" not in name
+                tensors |= bitsandbytes_reference.checkpoint_tensors(name, tensors[name], nested)
+    (tmp_path / "config.json").write_text(json.dumps({**SETTINGS, "quantization_config": FOUR_BIT}))
+
+    def write(change=lambda tensors: tensors):
+        save_file(change(dict(tensors)), tmp_path / "model.safetensors")
+        return tmp_path, tensors
+
+    return write
+
+
+def test_weights_that_bitsandbytes_quantized_stay_packed(four_bit):
+    folder, tensors = four_bit()
+    with pytest.warns(UserWarning) as caught:
+        kept = models.load(folder, dtype="float32")
+    assert sorted(str(warning.message).split(" and is ")[0] for warning in caught) == [
+        "layers/mlp/down_proj/kernel is stored as NF4 (nested scales of 64 across rows), whose blocks do not end with "
+        "the rows,",
+        "layers/self_attn/v_proj/kernel mixes the formats NF4 (nested scales of 64), float32 over its layers",
+    ]
+    dense = models.load(folder, dtype="float32", weights="dense")
+    assert not any(is_view(leaf) for _, leaf in leaf_paths(dense.params))
+    jax.tree.map(np.testing.assert_array_equal, materialize(kept.params), dense.params)
+    views = {path.split("/")[-2]: leaf for path, leaf in leaf_paths(kept.params) if is_view(leaf)}
+    assert {name: leaf.packed.codec.double for name, leaf in views.items()} == dict.fromkeys(
+        ("q_proj", "k_proj", "gate_proj", "up_proj"), True
+    ) | {"o_proj": False}
+    name = "model.layers.1.mlp.up_proj.weight"
+    up = jax.tree.map(lambda leaf: leaf[1], views["up_proj"].packed)
+    parts = codecs.to_bitsandbytes(up.transpose((1, 0)))
+    np.testing.assert_array_equal(parts.weight, tensors[name])
+    np.testing.assert_array_equal(parts.absmax, tensors[f"{name}.absmax"])
+    np.testing.assert_array_equal(parts.nested_absmax, tensors[f"{name}.nested_absmax"])
+    half = models.load(folder, weights=codecs.int8(32))
+    assert half.params["layers"]["mlp"]["down_proj"]["kernel"].packed.codec == codecs.int8(32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k.replace("__nf4", "__fp4"): t[k] for k in t}, "in the 4-bit format 'fp4' of bitsandbytes"),
+        (lambda t: {k: t[k] for k in t if not k.endswith(".absmax")}, r"its parts .* do not fit its settings"),
+        (lambda t: {k: t[k] for k in t if not k.endswith("nested_absmax")}, "do not fit its settings"),
+        (
+            lambda t: {k: t[k][::-1].copy() if k.endswith(".quant_map") else t[k] for k in t},
+            r"weight\.quant_map': expected the 16 values of NF4",
+        ),
+        (lambda t: {k: t[k][:-1] if "nf4" in k else t[k] for k in t}, "holds no JSON"),
+        (lambda t: {k: t[k][:-1] if k.endswith("absmax") else t[k] for k in t}, r"proj\.weight': expected absmax of"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:layers")
+def test_damaged_nf4_tensors_are_named(four_bit, change, message):
+    folder, _ = four_bit(change)
+    with pytest.raises(ValueError, match=message):
+        models.load(folder)
+
+
+def test_other_quantized_folders_are_refused(four_bit):
+    folder, _ = four_bit()
+    (folder / "config.json").write_text(json.dumps({**SETTINGS, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match=r"quantization_config = .*gptq"):
+        models.load(folder)
 
 
 @pytest.mark.parametrize(

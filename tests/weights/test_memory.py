@@ -28,19 +28,19 @@ def model(params, x):
     return lax.scan(jax.checkpoint(block, prevent_cse=False), x, params["layers"])[0]
 
 
-def trees(depth):
+def trees(depth, codec=CODEC):
     """Returns abstract (frozen, theta, optimizer state, batch)."""
 
     def make():
         params = {"layers": {"up": {"kernel": jnp.zeros((depth, D, F))}, "down": {"kernel": jnp.zeros((depth, F, D))}}}
-        frozen = weights.quantize(params, CODEC)
+        frozen = weights.quantize(params, codec)
         theta = ADAPTER.init(jax.random.key(0), frozen)
         return frozen, theta, OPTIMIZER.init(theta), jnp.zeros((ROWS, D), jnp.bfloat16)
 
     return jax.eval_shape(make)
 
 
-def compile_step(depth, apply):
+def compile_step(depth, apply, codec=CODEC):
     def step(theta, state, frozen, x):
         def loss(theta):
             return jnp.mean(apply(ADAPTER.attach(frozen, theta), x).astype(jnp.float32) ** 2)
@@ -49,7 +49,7 @@ def compile_step(depth, apply):
         updates, state = OPTIMIZER.update(grads, state)
         return optax.apply_updates(theta, updates), state
 
-    frozen, theta, state, x = trees(depth)
+    frozen, theta, state, x = trees(depth, codec)
     return jax.jit(step, donate_argnums=(0, 1)).lower(theta, state, frozen, x).compile()
 
 
@@ -98,6 +98,14 @@ def test_no_array_is_as_large_as_a_dense_stack(compiled):
     depth = DEPTHS[-1]
     assert ("u8", (depth, D // 2, F)) in arrays_of(compiled[depth])
     assert dense_stacks(compiled[depth], depth) == []
+
+
+@pytest.mark.parametrize("codec", [codecs.nf4(32), codecs.int3(32)], ids=str)
+def test_no_other_format_is_decoded_as_a_stack(codec):
+    depth = DEPTHS[-1]
+    compiled = compile_step(depth, lift(model), codec)
+    assert ("u8", (depth, D // (2 if codec.bits == 4 else 4), F)) in arrays_of(compiled)
+    assert dense_stacks(compiled, depth) == []
 
 
 def test_the_check_sees_a_dense_base():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from memjax import codecs
 from memjax.core.views import Axes, make_axes
-from memjax.weights import lift
+from memjax.weights import Adapted, LowRank, PackedWeight, lift
 from tests.random_views import KINDS, array, assert_close, builder, factors, view
 
 ADAPTED = ("lora on dense", "lora on packed")  # they hold what "packed" would test too
@@ -126,6 +127,22 @@ def jaxpr_equations(jaxpr):
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(inner, "eqns"):
                 yield from jaxpr_equations(inner)
+
+
+@pytest.mark.parametrize("codec", [codecs.nf4(4), codecs.bipolar(3, 8), codecs.int6(4, False)], ids=str)
+def test_every_format_under_scan_and_remat(codec):
+    stack, x, theta = array(0, 3, 8, 8) / 3, array(1, 2, 8), factors(5, (3, 8, 8))
+    packed = PackedWeight(codec.encode(stack, (-2,)), Axes())
+
+    def program(w, x):
+        return lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), jnp.sum(x @ w.T))), x, w)
+
+    def run(fn, weight):
+        build = lambda theta: Adapted(packed, (LowRank(theta["a"], theta["b"], 0.05),))  # noqa: E731
+        y, back = jax.vjp(lambda theta, x: fn(weight(build(theta)), x), theta, x)
+        return y, back(jax.tree.map(jnp.cos, y))
+
+    assert_close(*jax.jit(lambda: (run(lift(program), lambda v: v), run(program, lambda v: v.materialize())))(), 5e-6)
 
 
 LOOKUPS = {
