@@ -205,10 +205,10 @@ def second_blocks(shape: tuple[int, ...], axes: tuple[int, ...], second: tuple[i
 
 
 def _runs(sizes: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Yields the runs of consecutive elements that divide axes of ``sizes``: elements, and extent along each axis."""
+    """Yields runs of consecutive elements that divide axes of ``sizes``: their elements, and extent along each axis."""
     if not sizes:
         yield 1, ()
     for i, size in enumerate(sizes):
-        for extent in range(1, size + 1):
+        for extent in range(1, min(size, SECOND_BLOCK) + 1):
             if size % extent == 0:
                 yield extent * math.prod(sizes[i + 1 :]), (*(1,) * i, extent, *sizes[i + 1 :])

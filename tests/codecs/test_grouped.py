@@ -14,11 +14,14 @@ GRID = [
     pytest.param(make, symmetric, dtype, id=f"{make.__name__}-{'symmetric' if symmetric else 'affine'}-{dtype}")
     for make, symmetric, dtype in [
         *itertools.product((codecs.int8, codecs.int4), (True, False), ("bfloat16", "float16", "float32")),
-        *itertools.product((codecs.int6, codecs.int3, codecs.int2), (True, False), ("bfloat16",)),
+        (codecs.int6, True, "bfloat16"),
+        (codecs.int3, False, "bfloat16"),
+        (codecs.int2, True, "bfloat16"),
+        (codecs.int2, False, "bfloat16"),
     ]
 ]
 FOUR = [param for param in GRID if param.values[0] in (codecs.int8, codecs.int4) and param.values[2] == "bfloat16"]
-SPECIAL = [codecs.nf4(16), codecs.nf4(16, double=False), codecs.fp8(16), codecs.bipolar(3, 16)]
+NF4, FP8, BIPOLAR = codecs.nf4(16), codecs.fp8(16), codecs.bipolar(3, 16)
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -111,8 +114,11 @@ def test_constant_groups(make, symmetric, dtype):
     np.testing.assert_allclose(packed.decode(), value.repeat(32, 1), rtol=relative + 2e-7)
 
 
-@pytest.mark.parametrize("axis", [-1, -2, -3])
-@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int3(16, False), codecs.nf4(8), *SPECIAL[2:]], ids=str)
+@pytest.mark.parametrize(
+    "codec, axis",
+    [*((codecs.nf4(8), axis) for axis in (-1, -2, -3)), (codecs.int3(16, False), -2), (BIPOLAR, -2), (FP8, -1)],
+    ids=str,
+)
 def test_lookups_decode_what_they_read(codec, axis):
     packed = codec.encode(normal(3, 32, 6), axes=-2)
     indices = jnp.array([2, 0, 1, 2])
@@ -169,7 +175,7 @@ def shrunk_ranges(x, bits, symmetric):
         yield ((decoded - x) ** 2).sum(-1, keepdims=True), decoded
 
 
-@pytest.mark.parametrize("make, symmetric", [(codecs.int2, True), (codecs.int4, True), (codecs.int3, False)])
+@pytest.mark.parametrize("make, symmetric", [(codecs.int2, True), (codecs.int3, False)])
 def test_search_takes_the_range_of_least_squared_error(make, symmetric):
     x = normal(64, 64) + (0 if symmetric else 3)
     x[:8, 0] *= 20
@@ -291,7 +297,7 @@ def test_several_group_axes(axes, group, scale_shape):
 
 @pytest.mark.parametrize(
     "codec, key",
-    [*itertools.product((codecs.int8(16, False), codecs.int4(16)), (None, 3)), *((codec, None) for codec in SPECIAL)],
+    [*itertools.product((codecs.int8(16, False), codecs.int4(16)), (None, 3)), (NF4, None)],
     ids=str,
 )
 def test_batch_axes(codec, key):
@@ -315,7 +321,8 @@ def test_batch_axes(codec, key):
     "codec, permutation",
     [
         *((codecs.int4(16), permutation) for permutation in itertools.permutations(range(3))),
-        *((codec, (2, 0, 1)) for codec in SPECIAL),
+        (NF4, (2, 0, 1)),
+        (codecs.int6(16), (0, 2, 1)),
     ],
     ids=str,
 )
@@ -346,7 +353,7 @@ def test_channel_bits_need_the_size():
 
 
 @pytest.mark.parametrize(
-    "codec", [*(p.values[0](16, *p.values[1:]) for p in FOUR), codecs.int2(16, False, search=True), *SPECIAL], ids=str
+    "codec", [*(p.values[0](16, *p.values[1:]) for p in FOUR), codecs.int2(16, False, search=True), NF4], ids=str
 )
 def test_jit_gives_the_same_codes(codec):
     x = normal(32, 8, scale=3)
@@ -357,7 +364,7 @@ def test_jit_gives_the_same_codes(codec):
 
 @pytest.mark.parametrize(
     "codec",
-    [*(p.values[0](32, *p.values[1:]) for p in FOUR), codecs.int2(32), codecs.bipolar(3, 32), codecs.fp8(32)],
+    [*(p.values[0](32, *p.values[1:]) for p in FOUR), codecs.bipolar(3, 32), codecs.fp8(32)],
     ids=str,
 )
 def test_stochastic_rounding_is_unbiased(codec):
@@ -394,7 +401,7 @@ def test_stochastic_rounding_depends_on_the_key_alone():
 
 @pytest.mark.parametrize(
     "codec",
-    [codecs.int4(16), codecs.int8(16, False), codecs.q4_1(), codecs.bipolar(5, 16), *SPECIAL[1:3]],
+    [codecs.int4(16), codecs.int8(16, False), codecs.q4_1(), codecs.bipolar(5, 16), FP8, codecs.nf4(16, double=False)],
     ids=str,
 )
 def test_decode_is_elementwise(codec):
@@ -449,7 +456,7 @@ def test_codecs_are_hashable_values():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int8(16, False), codecs.q8_0(), *SPECIAL], ids=str)
+@pytest.mark.parametrize("codec", [codecs.int4(16), codecs.int8(16, False), codecs.q8_0(), NF4, FP8], ids=str)
 def test_non_finite_input_raises(codec, bad):
     x = normal(64, 4)
     x[3, 2] = bad

@@ -13,7 +13,7 @@ def outliers(w):
 
 
 def matrices():
-    plain = array(0, 1024, 8)
+    plain = array(0, 1024, 4)
     return {
         "a": {"kernel": plain},
         "b": {"kernel": outliers(plain)},
@@ -41,7 +41,7 @@ def chosen_by_range(w, alpha):
     return group
 
 
-@pytest.mark.parametrize("alpha", [0.9, 0.93, 0.95])
+@pytest.mark.parametrize("alpha", [0.9, 0.93])
 def test_groups_are_those_of_the_rule(alpha):
     params = matrices()
     plan = weights.finequant(params, bits=3, alpha=alpha)
@@ -50,7 +50,7 @@ def test_groups_are_those_of_the_rule(alpha):
         assert groups[f"{name}/kernel"] == chosen_by_range(np.asarray(params[name]["kernel"]), alpha)
     assert groups["s/kernel"] == groups["b/kernel"] < groups["a/kernel"]
     assert plan.chosen["s/kernel"].tolist() == [groups["a/kernel"], groups["b/kernel"]]
-    scales = {group: 1024 // group * 8 * 2 for group in groups.values()}
+    scales = {group: 1024 // group * 4 * 2 for group in groups.values()}
     assert plan.waste_bytes == {
         "a/kernel": 0,
         "b/kernel": 0,

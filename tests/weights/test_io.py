@@ -22,18 +22,14 @@ def tree():
         "count": jnp.arange(3),
     }
     packed = weights.quantize(dense, codecs.int8(group=8, symmetric=False), "layers/**", {"**/o/*": ((1, 2), 3)})
-    packed = weights.quantize(packed, codecs.q4_1(), "head/*")
-    others = {
-        "nf4": codecs.nf4(),
-        "plain": codecs.nf4(double=False),
-        "shaped": codecs.Nf4(64, True, (1, 2)),
-        "fp8": codecs.fp8(),
-        "bipolar": codecs.bipolar(5, 16),
-        "search": codecs.int2(32, search=True),
-    }
-    stacks = weights.quantize({name: array(4, 2, 128, 6) for name in others}, others)
-    stacks["heads"] = weights.quantize({"w": array(5, 128, 2, 3)}, codecs.nf4(), "w", {"w": (0, (1, 2))})["w"]
-    return {**packed, **stacks}
+    return weights.quantize(packed, codecs.q4_1(), "head/*")
+
+
+def stacks():
+    """A stack of weights in each of the other formats."""
+    others = {"shaped": codecs.Nf4(64, True, (1, 2)), "fp8": codecs.fp8(), "bipolar": codecs.bipolar(5, 16)}
+    packed = weights.quantize({name: array(4, 2, 128, 6) for name in others}, others)
+    return {**packed, **weights.quantize({"heads": array(5, 128, 2, 3)}, codecs.nf4(), "*", {"heads": (0, (1, 2))})}
 
 
 def assert_same(a, b):
@@ -45,8 +41,9 @@ def assert_same(a, b):
 
 def test_round_trip_of_every_format(tmp_path):
     path = tmp_path / "w.safetensors"
-    weights.save(path, tree())
-    assert_same(weights.load(path), tree())
+    params = {**tree(), **stacks()}
+    weights.save(path, params)
+    assert_same(weights.load(path), params)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +151,7 @@ def test_leaves_that_do_not_fit_the_format_are_refused(tmp_path, change):
     "change",
     [
         lambda t: {**t, "w#scale.absmax": t["w#scale.absmax"][:, :2]},
-        lambda t: {**t, "w#scale.mean": t["w#scale.mean"].view(np.float32)},
-        lambda t: {name: t[name] for name in t if name != "w#scale.codes"},
+        lambda t: {name: t[name] for name in t if name != "w#scale.mean"},
         lambda t: {**t, "w#scale": t["w#scale.codes"]},
     ],
 )

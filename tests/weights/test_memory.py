@@ -100,7 +100,7 @@ def test_no_array_is_as_large_as_a_dense_stack(compiled):
     assert dense_stacks(compiled[depth], depth) == []
 
 
-@pytest.mark.parametrize("codec", [codecs.nf4(32), codecs.int3(32)], ids=str)
+@pytest.mark.parametrize("codec", [codecs.nf4(32)], ids=str)
 def test_no_other_format_is_decoded_as_a_stack(codec):
     depth = DEPTHS[-1]
     compiled = compile_step(depth, lift(model), codec)

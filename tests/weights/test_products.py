@@ -129,7 +129,7 @@ def jaxpr_equations(jaxpr):
                 yield from jaxpr_equations(inner)
 
 
-@pytest.mark.parametrize("codec", [codecs.nf4(4), codecs.bipolar(3, 8), codecs.int6(4, False)], ids=str)
+@pytest.mark.parametrize("codec", [codecs.nf4(4), codecs.bipolar(3, 8)], ids=str)
 def test_every_format_under_scan_and_remat(codec):
     stack, x, theta = array(0, 3, 8, 8) / 3, array(1, 2, 8), factors(5, (3, 8, 8))
     packed = PackedWeight(codec.encode(stack, (-2,)), Axes())
