@@ -1,0 +1,232 @@
+"""The unstable surface of Pallas' Mosaic GPU backend; no other module uses what jax does not promise to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WGMMA = plgpu.Layout.WGMMA
+
+
+def explicit_layouts(**options: Any) -> plgpu.CompilerParams:
+    """Returns compiler parameters under which a kernel's code says the register layouts itself."""
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **options)
+
+
+def swizzled(itemsize: int) -> tuple[Any, ...]:
+    """Returns the transforms of shared memory that wgmma and `Thread.load_swizzled` read: rows of 128 bytes a tile."""
+    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+
+
+def transposed(ref: Any) -> Any:
+    """Returns the transposed view of a matrix in shared memory."""
+    return ref.transpose((1, 0))
+
+
+class Thread:
+    """One thread of a warpgroup: its place, 32-bit words of memory, and PTX on them.
+
+    Attributes:
+      warp: 0 to 3 within the warpgroup.
+      row, pair: lane / 4 and lane % 4, which are the row and the column pair that the lane holds of a wgmma operand.
+    """
+
+    def __init__(self) -> None:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        self._ir, self._arith, self._llvm, self._utils = ir, arith, llvm, utils
+        self._i32 = ir.IntegerType.get_signless(32)
+        thread = arith.remui(utils.thread_idx(), self.const(128))
+        lane = arith.andi(thread, self.const(31))
+        self.warp = arith.shrui(thread, self.const(5))
+        self.lane, self.row, self.pair = lane, arith.shrui(lane, self.const(2)), arith.andi(lane, self.const(3))
+
+    def const(self, value: int) -> Any:
+        return self._utils.c(value, self._i32)
+
+    def add(self, *terms: Any) -> Any:
+        total = self._word(terms[0])
+        for term in terms[1:]:
+            total = self._arith.addi(total, self._word(term))
+        return total
+
+    def mul(self, a: Any, b: int) -> Any:
+        return self._arith.muli(a, self.const(b))
+
+    def xor(self, a: Any, b: Any) -> Any:
+        return self._arith.xori(self._word(a), self._word(b))
+
+    def bits_and(self, a: Any, mask: int) -> Any:
+        return self._arith.andi(a, self.const(mask))
+
+    def shift_right(self, a: Any, bits: int) -> Any:
+        return self._arith.shrui(a, self.const(bits))
+
+    def less(self, a: Any, b: int) -> Any:
+        return self._arith.cmpi(self._arith.CmpIPredicate.ult, a, self.const(b))
+
+    def _word(self, value: Any) -> Any:
+        return self.const(value) if isinstance(value, int) else value
+
+    def ptx(self, code: str, *operands: Any) -> Any:
+        """Returns the word that a PTX instruction computes from operands: words, or ints as immediates."""
+        words = [operand for operand in operands if not isinstance(operand, int)]
+        names = iter(f"${i + 1}" for i in range(len(words)))
+        text = ", ".join(hex(operand) if isinstance(operand, int) else next(names) for operand in operands)
+        return self._llvm.inline_asm(self._i32, words, f"{code} $0, {text};", ",".join(["=r"] + ["r"] * len(words)))
+
+    def cluster_rank(self) -> Any:
+        """Returns the number of this block within its cluster."""
+        return self._llvm.inline_asm(self._i32, [], "mov.u32 $0, %cluster_ctarank;", "=r")
+
+    def load(self, memref: Any, offset: Any, words: int = 1) -> list[Any]:
+        """Returns consecutive words of shared memory at a byte offset."""
+        pointer = self._utils.getelementptr(
+            self._utils.memref_ptr(memref), [offset], self._ir.IntegerType.get_signless(8)
+        )
+        if words == 1:
+            return [self._llvm.load(self._i32, pointer)]
+        vector = self._llvm.load(self._ir.VectorType.get((words,), self._i32), pointer)
+        return [self._llvm.extractelement(vector, self.const(i)) for i in range(words)]
+
+    def store(self, memref: Any, offset: Any, words: Sequence[Any], predicate: Any) -> None:
+        """Writes consecutive words to global memory at a byte offset where ``predicate`` holds."""
+        i64 = self._ir.IntegerType.get_signless(64)
+        base = self._llvm.ptrtoint(i64, self._utils.memref_ptr(memref))
+        address = self._arith.addi(base, self._arith.extui(i64, offset))
+        names = ", ".join(f"${i + 1}" for i in range(len(words)))
+        code = (
+            f"{{ .reg .pred p; setp.ne.u32 p, ${len(words) + 1}, 0; "
+            f"@p st.global.v{len(words)}.b32 [$0], {{{names}}}; }}"
+        )
+        flag = self._arith.extui(self._i32, predicate)
+        self._llvm.inline_asm(
+            None,
+            [address, *words, flag],
+            code,
+            ",".join(["l", *["r"] * (len(words) + 1)]),
+            has_side_effects=True,
+        )
+
+    def store_to_peer(self, memref: Any, offset: Any, word: Any, block: Any) -> None:
+        """Writes a word at a byte offset of the same shared memory of another block of the cluster."""
+        address = self._shared_address(memref, offset)
+        self._effect(
+            "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.b32 [a], $2; }",
+            "rrr",
+            address,
+            block,
+            word,
+        )
+
+    def cluster_barrier(self) -> None:
+        """Waits until every thread of the cluster is here; what they wrote to shared memory can then be read."""
+        self._effect("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "")
+
+    def load_after_barrier(self, memref: Any, offset: Any) -> Any:
+        """Returns a word of shared memory, read where the program says and not before."""
+        address = self._shared_address(memref, offset)
+        return self._llvm.inline_asm(
+            self._i32, [address], "ld.volatile.shared.b32 $0, [$1];", "=r,r", has_side_effects=True
+        )
+
+    def add_floats(self, a: Any, b: Any) -> Any:
+        f32 = self._ir.F32Type.get()
+        total = self._arith.addf(self._utils.bitcast(a, f32), self._utils.bitcast(b, f32))
+        return self._utils.bitcast(total, self._i32)
+
+    def _shared_address(self, memref: Any, offset: Any) -> Any:
+        base = self._llvm.ptrtoint(self._i32, self._utils.memref_ptr(memref))
+        return self._arith.addi(base, offset)
+
+    def _effect(self, code: str, kinds: str, *operands: Any) -> None:
+        self._llvm.inline_asm(None, list(operands), code, ",".join([*kinds, "~{memory}"]), has_side_effects=True)
+
+    def both(self, a: Any, b: Any) -> Any:
+        return self._arith.andi(a, b)
+
+    def equal(self, a: Any, b: Any) -> Any:
+        return self._arith.cmpi(self._arith.CmpIPredicate.eq, a, self._word(b))
+
+    def float_words(self, pair: Any) -> tuple[Any, Any]:
+        """Returns the two words of a register that holds two float32 numbers."""
+        words = self._utils.bitcast(pair, self._ir.VectorType.get((2,), self._i32))
+        return tuple(self._llvm.extractelement(words, self.const(i)) for i in range(2))
+
+    def bfloat16_pair(self, word: Any) -> Any:
+        """Returns a word as the register of two bfloat16 numbers."""
+        return self._utils.bitcast(word, self._ir.VectorType.get((2,), self._ir.BF16Type.get()))
+
+
+def fragment(
+    shape: tuple[int, int],
+    make: Callable[..., np.ndarray],
+    refs: Sequence[Any],
+    transforms: Sequence[tuple[Any, ...]],
+) -> jax.Array:
+    """Returns a bfloat16 array in the register layout of a wgmma operand, made word by word.
+
+    Args:
+      shape: of the array; multiples of (64, 8).
+      make: ``(thread, *memrefs) -> words [rows / 64, columns / 8, 2]``. Word ``[i, j, h]`` of a thread holds the
+        elements in row ``64 i + 16 warp + 8 h + row`` and columns ``8 j + 2 pair``, ``+ 1``.
+      refs: shared memory that ``make`` reads, and the transforms of each.
+      transforms: see ``refs``.
+    """
+
+    def build(ctx: Any, *memrefs: Any) -> Any:
+        from jax.experimental.mosaic import gpu as mgpu
+
+        del ctx
+        thread, layout = Thread(), WGMMA.to_mgpu()
+        words = make(thread, *memrefs)
+        registers = np.empty(words.shape, dtype=object)
+        for index in np.ndindex(words.shape):
+            registers[index] = thread.bfloat16_pair(words[index])
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+        )
+
+    return plgpu.inline_mgpu(
+        arg_types=tuple(plgpu.RefType(t) for t in transforms),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, WGMMA),
+    )(build)(*refs)
+
+
+def each_thread(run: Callable[..., None], refs: Sequence[Any]) -> None:
+    """Lets every thread of a warpgroup run ``run(thread, *memrefs)`` on memory that has no transforms."""
+
+    def build(ctx: Any, *memrefs: Any) -> None:
+        del ctx
+        run(Thread(), *memrefs)
+
+    plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))(build)(*refs)
+
+
+def write_fragment(array: jax.Array, refs: Sequence[Any], write: Callable[..., None]) -> None:
+    """Lets every thread write the words that it holds of a float32 array in the wgmma layout.
+
+    Args:
+      array: float32 ``[rows, columns]``.
+      refs: memory without transforms.
+      write: ``(thread, words [rows / 64, columns / 8, 2, 2], *memrefs)``; indices as in `fragment`, then the column.
+    """
+
+    def build(ctx: Any, held: Any, *memrefs: Any) -> None:
+        del ctx
+        thread = Thread()
+        rows, columns = held.shape
+        registers = held.registers.reshape(rows // 64, columns // 8, 2)
+        words = np.empty((*registers.shape, 2), dtype=object)
+        for index in np.ndindex(registers.shape):
+            words[index] = thread.float_words(registers[index])
+        write(thread, words, *memrefs)
+
+    plgpu.inline_mgpu(arg_types=(WGMMA, *(plgpu.RefType() for _ in refs)))(build)(array, *refs)
