@@ -281,11 +281,17 @@ def encode(
     if k % (group or k):
         raise ValueError(f"groups of {group} do not divide the {k} inputs")
     groups = matrix.reshape(*batch, -1, group or k, n)
-    codes, scale, _ = bipolar_codec(bits, "channel", search=bits == 1).quantize(groups, (-2,), None)
+    planes, scale = _encode(groups, bits)
     sizes = sizes_of(w.shape, axes)
-    view = BitPlanes(planes_of(codes, bits), scale.squeeze(-2), axes, *sizes, activation_bits, jnp.dtype(w.dtype))
+    view = BitPlanes(planes, scale, axes, *sizes, activation_bits, jnp.dtype(w.dtype))
     view.check()
     return view
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _encode(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    codes, scale, _ = bipolar_codec(bits, "channel", search=bits == 1).quantize(groups, (-2,), None)
+    return planes_of(codes, bits), scale.squeeze(-2)
 
 
 def bipolar(

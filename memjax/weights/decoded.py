@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -130,10 +131,7 @@ class Matrix(Decoded):
         return (*batch, *(sizes[stored.index(axis)] for axis in range(-len(stored), 0)))
 
     def materialize(self) -> jax.Array:
-        shape, stored = self.shape, (*self.axes.inputs, *self.axes.outputs)
-        batch = len(shape) - len(stored)
-        w = self.matrix().reshape(*shape[:batch], *(shape[axis] for axis in stored))
-        return in_order(w, stored, tuple(range(-len(stored), 0)))
+        return _materialize(self)
 
     def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         flat = indices.reshape(-1)
@@ -163,3 +161,11 @@ class Matrix(Decoded):
                 f"and the first output axis {self.axes.outputs[0]} only, got {PartitionSpec(*spec)}"
             )
         return tuple(spec[: len(spec) - self.axes.ndim]), spec[self.axes.outputs[0]]
+
+
+@functools.partial(jax.jit, inline=True)
+def _materialize(view: Matrix) -> jax.Array:
+    shape, stored = view.shape, (*view.axes.inputs, *view.axes.outputs)
+    batch = len(shape) - len(stored)
+    w = view.matrix().reshape(*shape[:batch], *(shape[axis] for axis in stored))
+    return in_order(w, stored, tuple(range(-len(stored), 0)))

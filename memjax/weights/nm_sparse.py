@@ -73,11 +73,7 @@ class NMSparse(Decoded):
         return jnp.dtype(self.dense_dtype)
 
     def materialize(self) -> jax.Array:
-        axis = self.axes.inputs[-1]
-        values = self.values.decode() if isinstance(self.values, Packed) else self.values
-        codes = unpack(self.indices, index_bits(self.m), axis, _block(self.m))
-        codes = jax.lax.slice_in_dim(codes, 0, values.shape[axis], axis=axis)
-        return _expand(values, codes, axis, self.n, self.m).astype(self.dtype)
+        return _decode(self)
 
     def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         flat = indices.reshape(-1)
@@ -175,6 +171,7 @@ def _check_pattern(shape: tuple[int, ...], axes: Axes, n: int, m: int) -> None:
         raise ValueError(f"axis {axis} of size {shape[axis]} (shape {shape}) is not a multiple of {m} for {n}:{m}")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def by_magnitude(w: jax.Array, axes: Axes, n: int, m: int) -> jax.Array:
     """Returns the mask of the n largest of every m consecutive elements along the last input axis; the first of equals.
 
@@ -209,7 +206,12 @@ def _encode(w: jax.Array, mask: jax.Array, axis: int, n: int, m: int) -> tuple[j
     return values, pack(jnp.pad(codes, pad), index_bits(m), axis, _block(m))
 
 
-def _expand(values: jax.Array, codes: jax.Array, axis: int, n: int, m: int) -> jax.Array:
+@functools.partial(jax.jit, inline=True)
+def _decode(view: NMSparse) -> jax.Array:
+    axis, n, m = view.axes.inputs[-1], view.n, view.m
+    values = view.values.decode() if isinstance(view.values, Packed) else view.values
+    codes = unpack(view.indices, index_bits(m), axis, _block(m))
+    codes = jax.lax.slice_in_dim(codes, 0, values.shape[axis], axis=axis)
     shape, position = values.shape, axis % values.ndim + 1
     values, codes = (x.reshape(_split(shape, axis, n)) for x in (values, codes))
     dense = (*values.shape[:position], m, *values.shape[position + 1 :])
@@ -218,4 +220,4 @@ def _expand(values: jax.Array, codes: jax.Array, axis: int, n: int, m: int) -> j
     for j in range(n):
         value, code = (jax.lax.slice_in_dim(x, j, j + 1, axis=position) for x in (values, codes))
         out = jnp.where(place == code, value, out)
-    return out.reshape(*shape[: position - 1], shape[axis] // n * m, *shape[position:])
+    return out.reshape(*shape[: position - 1], shape[axis] // n * m, *shape[position:]).astype(view.dtype)

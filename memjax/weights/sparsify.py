@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -92,6 +93,7 @@ def sparsify(
     return map_with_path(store, params)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def by_magnitude(w: jax.Array, axes: Axes, sparsity: float) -> jax.Array:
     """Returns the mask of the largest elements of every batch slice, all but ``round(sparsity * size)`` of them."""
     flat = jnp.abs(w).reshape(*w.shape[: w.ndim - axes.ndim], -1)
