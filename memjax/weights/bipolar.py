@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from memjax.codecs import bipolar as bipolar_codec
 from memjax.codecs import to_bipolar
-from memjax.codecs.packed import from_bits
+from memjax.codecs.packed import from_bits, to_bits
 from memjax.core.paths import Patterns, map_with_path, select
 from memjax.core.views import Axes
 from memjax.weights.decoded import Matrix, linear, sizes_of, to_matrix
@@ -267,7 +267,7 @@ def encode(
     Args:
       w: floating ``[*batch, ...]``.
       axes: input and output axes.
-      bits: 1 to 8; a single bit takes the scale of least squared error, more take that of the largest element.
+      bits: 1 to 8; a single bit takes the mean size as scale, which is its best; more, the largest size.
       activation_bits: 1 to 8, or None for products of decoded weights.
       group: consecutive inputs that share a scale; None for all.
 
@@ -290,7 +290,9 @@ def encode(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _encode(groups: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    codes, scale, _ = bipolar_codec(bits, "channel", search=bits == 1).quantize(groups, (-2,), None)
+    if bits == 1:
+        return planes_of((groups >= 0).astype(jnp.uint8), 1), to_bits(jnp.mean(jnp.abs(groups), -2), "bfloat16")
+    codes, scale, _ = bipolar_codec(bits, "channel").quantize(groups, (-2,), None)
     return planes_of(codes, bits), scale.squeeze(-2)
 
 
