@@ -115,11 +115,15 @@ def _count(words: jax.Array) -> jax.Array:
 
 
 def _by_planes(x: jax.Array, w: jax.Array, one: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    total = jnp.zeros((x.shape[2], w.shape[2]), jnp.int32)
-    for i in range(x.shape[0]):
-        weights = 2 ** (i + jnp.arange(w.shape[0], dtype=jnp.int32))
-        total = total + jnp.tensordot(weights, jax.vmap(functools.partial(one, x[i]))(w), 1)
-    return total
+    """Returns the sum of ``2**(i + j) one(x_i, w_j)`` over planes; one of x alive at a time."""
+
+    def add(total: jax.Array, plane: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        i, x = plane
+        products = jax.vmap(functools.partial(one, x))(w)
+        return total + jnp.tensordot(jnp.int32(1) << (i + jnp.arange(len(w), dtype=jnp.int32)), products, 1), None
+
+    start = jnp.zeros((x.shape[2], w.shape[2]), jnp.int32)
+    return lax.scan(add, start, (jnp.arange(len(x), dtype=jnp.int32), x))[0]
 
 
 @functools.partial(

@@ -200,7 +200,7 @@ def solve(
         return _SOLVERS[solver](w, rank, key, iterations)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(jax.jit, static_argnums=1)
 def _svd(w: jax.Array, rank: int, key: None, iterations: int) -> tuple[jax.Array, jax.Array]:
     u, s, v = jnp.linalg.svd(w, full_matrices=False)
     return u[..., :rank] * s[..., None, :rank], v[..., :rank, :]
@@ -225,7 +225,7 @@ def _start(w: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Arra
 _TINY = 1e-12
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(jax.jit, static_argnums=1)
 def _nmf(w: jax.Array, rank: int, key: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
     def step(_: int, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         u, v = factors
@@ -237,7 +237,7 @@ def _nmf(w: jax.Array, rank: int, key: jax.Array, iterations: int) -> tuple[jax.
     return lax.fori_loop(0, iterations, step, _start(w, rank, key))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(jax.jit, static_argnums=1)
 def _snmf(w: jax.Array, rank: int, key: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
     def free(v: jax.Array) -> jax.Array:
         """Returns the best u for a given v."""

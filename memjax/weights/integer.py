@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memjax.codecs import Codec, Gguf, Grouped, Packed, int6
+from memjax.codecs import Codec, Gguf, Grouped, error, int6
 from memjax.codecs.packed import group_blocks
 from memjax.core import jaxpr_compat
 from memjax.core.paths import Patterns, leaf_paths, map_with_path, match, select
-from memjax.core.views import Axes, is_view
+from memjax.core.views import is_view
 from memjax.weights.decoded import linear, to_matrix
 from memjax.weights.dense import cast_chain, dot_by
 from memjax.weights.packed import PackedWeight
@@ -240,22 +240,24 @@ def flexq(
         dense = leaf.materialize() if is_view(leaf) else leaf
         leaf_axes = leaf.axes if is_view(leaf) else axes_of(path, leaf.shape, axes)
         packed = codec.encode(dense, leaf_axes.inputs)
-        exact, found = dense, packed.decode(jnp.float32)
-        if inputs is not None:
+        if inputs is None:
+            found = error(jnp.asarray(dense), packed).relative_frobenius
+        else:
             if path not in inputs:
                 raise ValueError(f"{path}: no calibration inputs; inputs= has {sorted(inputs)}")
-            exact, found = _outputs(dense, packed, leaf_axes, inputs[path], group)
-        error = float(jnp.linalg.norm((found - exact).ravel()) / jnp.linalg.norm(exact.astype(jnp.float32).ravel()))
-        plan[path] = ActivationQuant(8 if error > tolerance else 6, group, error)
+            found = _output_error(dense, IntegerWeight(packed, leaf_axes, 6, group), inputs[path])
+        plan[path] = ActivationQuant(8 if float(found) > tolerance else 6, group, float(found))
     return plan
 
 
-def _outputs(dense: jax.Array, packed: Packed, axes: Axes, x: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    view = IntegerWeight(packed, axes, 6, group)
-    k = len(axes.inputs)
-    flat = x.astype(jnp.float32).reshape(*x.shape[: x.ndim - k], -1)
-    exact = jnp.matmul(flat, to_matrix(dense.astype(jnp.float32), axes), precision="highest")
-    return exact, view.astype(jnp.float32).dot(x.astype(jnp.float32)).reshape(exact.shape)
+@jax.jit
+def _output_error(dense: jax.Array, view: IntegerWeight, x: jax.Array) -> jax.Array:
+    """Returns the relative error of the integer product of ``x [*batch, T, *inputs]`` against the dense one."""
+    x, k = x.astype(jnp.float32), len(view.axes.inputs)
+    w = to_matrix(dense.astype(jnp.float32), view.axes)
+    exact = jnp.matmul(x.reshape(*x.shape[: x.ndim - k], -1), w, precision="highest")
+    off = view.astype(jnp.float32).dot(x).reshape(exact.shape) - exact
+    return jnp.linalg.norm(off.ravel()) / jnp.linalg.norm(exact.ravel())
 
 
 def integer_activations(params: Any, plan: Mapping[str, ActivationQuant]) -> Any:

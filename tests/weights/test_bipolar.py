@@ -18,7 +18,7 @@ CODES = np.random.default_rng(0).integers(0, 256, (K, T + N)).astype(np.uint8)
 @pytest.mark.parametrize(
     "n, p",
     [
-        pytest.param(n, p, marks=[] if (n, p) in {(1, 2), (8, 8), (3, 5), (1, 1)} else [pytest.mark.slow])
+        pytest.param(n, p, marks=[] if (n, p) in {(1, 2), (8, 8), (3, 5)} else [pytest.mark.slow])
         for n in range(1, 9)
         for p in range(1, 9)
     ],
@@ -52,7 +52,7 @@ def test_planes_hold_every_bit_of_words():
     assert planes[:, 0, 0].tolist() == bits
 
 
-@pytest.mark.parametrize("bits, group", [(1, None), (2, 10), (4, 35), (8, None)])
+@pytest.mark.parametrize("bits, group", [(1, None), (4, 35)])
 def test_weights_are_those_of_the_codec(bits, group):
     w = array(0, 2, K, N)
     view = encode(w, Axes(), bits, None, group)
@@ -67,7 +67,7 @@ def test_weights_are_those_of_the_codec(bits, group):
     assert view.nbytes == 2 * (K // view.group) * N * (4 * bits * -(-view.group // 32) + 2)
 
 
-@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("bits", [1, 8])
 def test_inputs_are_quantized_by_row_and_group(bits):
     w, x = array(0, K, N), array(1, T, K).at[1].set(0)
     view = weights.bipolar({"w": w}, 4, bits, "w", group=35)["w"]

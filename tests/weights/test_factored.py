@@ -44,10 +44,10 @@ def test_energy_takes_the_least_rank_that_holds_it():
 
 
 def test_nonnegative_and_random_factors():
-    w, key = array(0, 3, 20, 30), jax.random.key(0)
+    w, key = array(0, 20, 30), jax.random.key(0)
 
     def error(w, u, v):
-        return float(jnp.linalg.norm(u @ v - w) / jnp.linalg.norm(w))
+        return np.linalg.norm(np.asarray(u) @ np.asarray(v) - w) / np.linalg.norm(w)
 
     best = error(w, *solve(w, 5, "svd"))
     u, v = solve(w, 5, "snmf", key)

@@ -78,7 +78,7 @@ def test_a_stack_in_a_scan_both_ways(name):
     compare(program, view, array(1, 2, 16))
 
 
-@pytest.mark.parametrize("name", sampled([*FORMATS, *INTEGER], "2:4", "tiled csl", "bit planes"))
+@pytest.mark.parametrize("name", sampled([*FORMATS, *INTEGER], "2:4", "bitmap", "tiled csl", "bit planes"))
 def test_under_an_adapter_with_several_input_axes(name):
     axes = make_axes((2, 0), 1, 3)
     w, theta, x = array(0, 8, 6, 2), factors(3, (8, 6, 2), axes), array(1, 5, 2, 8)
@@ -100,7 +100,7 @@ def test_under_an_adapter_with_several_input_axes(name):
     assert_close(actual[0], expected[0], 2e-2 if name in INTEGER else 2e-6)
 
 
-@pytest.mark.parametrize("name", sampled([*FORMATS, *INTEGER], "tiled csl", "integer", "bit planes, integer"))
+@pytest.mark.parametrize("name", sampled([*FORMATS, *INTEGER], "2:4", "tiled csl", "integer", "bit planes, integer"))
 def test_lookups(name):
     axes = make_axes(1, 0, 2)
     view = (FORMATS | INTEGER)[name](array(0, 70, 72, dtype=jnp.bfloat16), axes)
@@ -113,7 +113,7 @@ def test_lookups(name):
     assert_close(actual, expected, 0.0 if name != "factored" else 0.02)
 
 
-@pytest.mark.parametrize("name", ["2:4", "bitmap", "factored"])
+@pytest.mark.parametrize("name", sampled(FORMATS, "2:4 int4", "bitmap", "tiled csl", "bit planes"))
 def test_convolutions(name):
     axes = make_axes((0, 1, 2), 3, 4)
 
@@ -154,7 +154,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", sampled(SHARDED, "2:4"))
 def test_shards(name):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
     w_spec, x_spec, y_spec = SHARDED[name]
