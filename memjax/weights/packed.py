@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from memjax.codecs import NestedScale, Packed
-from memjax.core import jaxpr_compat
-from memjax.core.views import Axes, WeightView
-from memjax.weights.dense import Product, cast_chain, convolution, dot_by
+from memjax.core.views import Axes
+from memjax.weights.decoded import Decoded
+from memjax.weights.dense import cast_chain
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["axes"])
 @dataclass(frozen=True)
-class PackedWeight(WeightView):
+class PackedWeight(Decoded):
     """A weight stored as codes.
 
     Attributes:
@@ -37,31 +37,9 @@ class PackedWeight(WeightView):
     def dtype(self) -> Any:
         return self.packed.dtype
 
-    def dot(
-        self,
-        x: jax.Array,
-        *,
-        transpose: bool = False,
-        casts: tuple[Any, ...] = (),
-        precision: Any = None,
-        preferred_element_type: Any = None,
-    ) -> jax.Array:
-        return dot_by(
-            lambda fn: _linear(fn, x, self.packed, casts),
-            self,
-            transpose=transpose,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
-
     def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         rows = jnp.moveaxis(self.packed.take(indices.reshape(-1), axis), axis, 0)
         return cast_chain(rows.reshape(indices.shape + rows.shape[1:]), casts)
-
-    def conv(
-        self, x: jax.Array, *, permutation: tuple[int, ...], casts: tuple[Any, ...], params: dict[str, Any]
-    ) -> jax.Array:
-        return _linear(convolution(permutation, params), x, self.packed, casts)
 
     def materialize(self) -> jax.Array:
         return self.packed.decode()
@@ -80,26 +58,3 @@ class PackedWeight(WeightView):
             }
             packed = replace(packed, scale=packed.scale._replace(**shared))
         return replace(self, packed=packed)
-
-
-def _linear(fn: Product, x: jax.Array, packed: Packed, casts: tuple[Any, ...]) -> jax.Array:
-    """Returns ``fn(x, w)``, linear in x, with w decoded in forward and again in backward, and never a residual."""
-    x = jaxpr_compat.vary_like(x, jax.tree.leaves(packed))
-    like = jaxpr_compat.abstract_like(x.shape, x.dtype, [x])
-
-    def decode(packed: Packed) -> jax.Array:
-        return cast_chain(packed.decode(), casts)
-
-    @jax.custom_vjp
-    def apply(x: jax.Array, packed: Packed) -> jax.Array:
-        return fn(x, decode(packed))
-
-    def forward(x: jax.Array, packed: Packed) -> tuple[jax.Array, Packed]:
-        return apply(x, packed), packed
-
-    def backward(packed: Packed, g: jax.Array) -> tuple[jax.Array, None]:
-        w = decode(packed)
-        return jax.linear_transpose(lambda x: fn(x, w), like)(g)[0], None
-
-    apply.defvjp(forward, backward)
-    return apply(x, packed)

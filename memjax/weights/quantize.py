@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memjax.codecs import Codec, error
+from memjax.codecs import Codec
 from memjax.core.bytes import nbytes
 from memjax.core.paths import Patterns, leaf_paths, lookup, map_with_path, match, select
-from memjax.core.views import Axes, is_view, make_axes
+from memjax.core.views import Axes, WeightView, is_view, make_axes
 from memjax.weights.dense import Dense
 from memjax.weights.lift import Usage, check_divisible, lift_and_record
 from memjax.weights.packed import PackedWeight
@@ -46,6 +46,15 @@ def check_table(tree: Any, table: AxesTable | None) -> None:
     """Raises a ValueError for a pattern of ``table`` that matches no leaf of ``tree``."""
     for pattern in table or {}:
         select(tree, pattern)
+
+
+def check_dense(path: str, leaf: Any) -> None:
+    """Raises unless a leaf is a finite floating-point array, as a weight that is to be stored otherwise must be."""
+    if is_view(leaf) or not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        found = leaf.dtype if hasattr(leaf, "dtype") and not is_view(leaf) else type(leaf).__name__
+        raise TypeError(f"{path}: expected a dense floating-point array, got {found}")
+    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+        raise ValueError(f"{path}: the weight is not finite")
 
 
 def quantize(
@@ -185,7 +194,7 @@ def sharding(params: Any, mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> Any
 
 
 class LeafReport(NamedTuple):
-    """What packing one weight saved and lost."""
+    """What storing one weight as a view saved and lost."""
 
     path: str
     shape: tuple[int, ...]
@@ -215,14 +224,14 @@ class Report(NamedTuple):
 
 
 def report(params: Any, packed: Any) -> Report:
-    """Compares a tree with its quantized form.
+    """Compares a tree with one in which views stand for weights.
 
     Args:
       params: the dense tree.
-      packed: what `quantize` made of it.
+      packed: what `quantize`, `sparsify`, `factorize` or `bipolar` made of it.
 
     Returns:
-      Bits per weight with all metadata, largest absolute and relative Frobenius error of every packed leaf.
+      Bytes and bits per weight with all metadata, largest absolute and relative Frobenius error of every view.
 
     Raises:
       ValueError: trees whose leaves differ in path or shape.
@@ -232,9 +241,18 @@ def report(params: Any, packed: Any) -> Report:
     for path, leaf in leaf_paths(packed):
         if path not in dense or tuple(dense[path].shape) != tuple(leaf.shape):
             raise ValueError(f"{path}: not in the dense tree, or there with another shape than {tuple(leaf.shape)}")
-        if isinstance(leaf, PackedWeight):
-            max_abs, relative = error(jnp.asarray(dense[path]), leaf.packed)
-            bits = leaf.packed.bits_per_element
+        if is_view(leaf):
+            max_abs, relative = _error(jnp.asarray(dense[path]), leaf)
+            bits = leaf.nbytes * 8 / leaf.size
             rows.append(LeafReport(path, leaf.shape, leaf.nbytes, bits, float(max_abs), float(relative)))
     rows.sort(key=lambda row: -row.relative_frobenius)
     return Report(rows, nbytes(params), nbytes(packed))
+
+
+@jax.jit
+def _error(dense: jax.Array, view: WeightView) -> tuple[jax.Array, jax.Array]:
+    dense = dense.astype(jnp.float32)
+    off = jnp.abs(dense - view.astype(jnp.float32).materialize())
+    norm = jnp.linalg.norm(off.ravel())
+    relative = jnp.where(norm == 0, 0.0, norm / jnp.linalg.norm(dense.ravel()))
+    return jnp.max(off, initial=0.0), relative
