@@ -1,4 +1,4 @@
-"""Counter-hash random bits and planar bit packing: plain `jax.numpy`, usable inside kernels and outside."""
+"""Counter-hash random bits, planar bit packing and code tables: plain `jax.numpy`, for kernels and for all else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from jax import lax
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits per code -> bits per element of each uint8 plane, least significant bits of the code first."""
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The levels of the 4-bit NormalFloat (QLoRA, 2023), by code."""
 
 
 def _mix(x: jax.Array) -> jax.Array:

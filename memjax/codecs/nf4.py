@@ -17,19 +17,12 @@ import numpy as np
 from jax import lax
 
 from memjax.codecs.packed import Codec, blocked, from_bits, spread, to_bits
+from pallas_kernels._bits import NF4_LEVELS
 
 SECOND_BLOCK = 256
 """Scales that share a second-level scale."""
 
-LEVELS = np.array(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ],
-    np.float32,
-)  # fmt: skip
+LEVELS = np.array(NF4_LEVELS, np.float32)
 """The values of the codes 0 to 15, float32."""
 
 

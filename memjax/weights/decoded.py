@@ -46,7 +46,11 @@ class Decoded(WeightView):
         return self._linear(convolution(permutation, params), x, casts)
 
     def _linear(self, fn: Product, x: jax.Array, casts: tuple[Any, ...]) -> jax.Array:
-        return linear(lambda x, view: fn(x, cast_chain(view.materialize(), casts)), x, self)
+        return linear(lambda x, view: fn(x, view.dense(casts)), x, self)
+
+    def dense(self, casts: tuple[Any, ...]) -> jax.Array:
+        """Returns the dense weight as a product takes it: cast to each of ``casts`` in turn."""
+        return cast_chain(self.materialize(), casts)
 
 
 def linear(

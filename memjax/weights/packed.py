@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 
 from memjax.codecs import NestedScale, Packed
 from memjax.core.views import Axes
-from memjax.weights.decoded import Decoded
-from memjax.weights.dense import cast_chain
+from memjax.weights import fused
+from memjax.weights.decoded import Decoded, linear
+from memjax.weights.dense import cast_chain, product
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["axes"])
@@ -36,6 +37,30 @@ class PackedWeight(Decoded):
     @property
     def dtype(self) -> Any:
         return self.packed.dtype
+
+    def dot(
+        self,
+        x: jax.Array,
+        *,
+        transpose: bool = False,
+        casts: tuple[Any, ...] = (),
+        precision: Any = None,
+        preferred_element_type: Any = None,
+    ) -> jax.Array:
+        settings = {"precision": precision, "preferred_element_type": preferred_element_type}
+        form = None if transpose else fused.kernel_format(self.packed, self.axes, casts)
+        if form is None or not fused.takes(x, settings):
+            return super().dot(x, transpose=transpose, casts=casts, **settings)
+        return linear(
+            lambda x, view: product(x, view.dense(casts), contract=(-2,), batch_ndim=0, **settings),
+            x,
+            self,
+            forward=lambda x, view: fused.multiply(x, view.packed, form, preferred_element_type or x.dtype),
+        )
+
+    def dense(self, casts: tuple[Any, ...]) -> jax.Array:
+        form = fused.kernel_format(self.packed, self.axes, casts)
+        return super().dense(casts) if form is None else fused.decode(self.packed, form)
 
     def take(self, indices: jax.Array, *, axis: int, casts: tuple[Any, ...] = ()) -> jax.Array:
         rows = jnp.moveaxis(self.packed.take(indices.reshape(-1), axis), axis, 0)

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mgpu
-from pallas_kernels._bits import PLANES
-from pallas_kernels.packed_matmul.formats import NF4_LEVELS, TILE, Format, decode_arrays
+from pallas_kernels._bits import NF4_LEVELS, PLANES
+from pallas_kernels.packed_matmul.formats import TILE, Format, decode_arrays
 from pallas_kernels.packed_matmul.kernel import lookup_words, magic
 
 _PER_THREAD = 8  # neighbouring output features that a thread handles

@@ -9,17 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._bits import PLANES, unpack
+from pallas_kernels._bits import NF4_LEVELS, PLANES, unpack
 
 TILE = 128
 """Inputs and output features of a tile, of which a weight's sizes must be multiples."""
-
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The levels of the 4-bit NormalFloat (QLoRA, 2023), by code."""
 
 
 class Format(NamedTuple):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._bits import PLANES, pack
-from pallas_kernels.packed_matmul import NF4_LEVELS, Format, decode, kernel, packed_matmul, unsupported
+from pallas_kernels._bits import NF4_LEVELS, PLANES, pack
+from pallas_kernels.packed_matmul import Format, decode, kernel, packed_matmul, unsupported
 from pallas_kernels.packed_matmul import api as packed_matmul_api
 from pallas_kernels.packed_matmul.shapes import ROWS, SHAPES
 

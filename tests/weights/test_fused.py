@@ -1,0 +1,78 @@
+"""Packed weights where a GPU kernel takes them: on a CPU the same program must give what it gives without."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from memjax import codecs, weights
+from memjax.weights import fused, lift
+from pallas_kernels.packed_matmul import api
+from tests.random_views import array
+
+CODECS = {
+    "int4": codecs.int4(group=128),
+    "int6": codecs.int6(group=64),
+    "nf4": codecs.nf4(),
+    "q4_1": codecs.q4_1(),
+}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Lets weights take the kernels' path."""
+    monkeypatch.setattr(fused.kernels, "on_hopper", lambda: True)
+    monkeypatch.setattr(api, "on_hopper", lambda: True)
+
+
+def params(codec):
+    dense = {"up": {"kernel": array(0, 2, 128, 256) / 11}, "down": {"kernel": array(1, 2, 256, 128) / 16}}
+    return weights.quantize(jax.tree.map(lambda w: w.astype(jnp.bfloat16), dense), codec)
+
+
+def model(params, x):
+    def layer(x, p):
+        return x + jax.nn.silu(x @ p["up"]["kernel"]) @ p["down"]["kernel"], None
+
+    return lax.scan(layer, x, params)[0]
+
+
+def value_and_gradient(params, x):
+    y, back = jax.vjp(lambda x: lift(model)(params, x), x)
+    return y, back(jnp.ones_like(y))[0]
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("rows", [4, 512])
+def test_values_and_gradients_are_those_of_decoding(name, rows, monkeypatch):
+    packed = params(CODECS[name])
+    x = array(2, rows, 128).astype(jnp.bfloat16)
+    expected = jax.jit(value_and_gradient)(packed, x)
+    monkeypatch.setattr(fused.kernels, "on_hopper", lambda: True)  # the kernels' XLA form still runs on a CPU
+    actual = jax.jit(lambda *args: value_and_gradient(*args))(packed, x)
+    for a, b in zip(actual, expected):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+def test_a_gpu_program_calls_the_kernels(hopper):
+    packed = params(CODECS["int4"])
+    few = jax.jit(lambda p, x: value_and_gradient(p, x)[0]).trace(packed, array(2, 4, 128).astype(jnp.bfloat16))
+    assert few.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
+    x = array(2, 512, 128).astype(jnp.bfloat16)
+    both = jax.jit(lambda p, x: value_and_gradient(p, x)).trace(packed, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert both.count("@mosaic_gpu") == 4  # each weight decoded in forward and again in backward
+
+
+def test_what_the_kernels_cannot_take_goes_the_usual_way(hopper):
+    w = array(0, 128, 128).astype(jnp.bfloat16)
+    packed = weights.quantize({"kernel": w}, codecs.int4(group=64))["kernel"]
+    assert fused.kernel_format(packed.packed, packed.axes, ()) is not None
+    assert fused.kernel_format(packed.packed, packed.axes, (jnp.float32,)) is None
+    assert fused.kernel_format(packed.packed, weights.Axes((-1,), (-2,)), ()) is None
+    for other in (codecs.int3(), codecs.int4(group="channel"), codecs.fp8()):
+        view = weights.quantize({"kernel": w}, other)["kernel"]
+        assert fused.kernel_format(view.packed, view.axes, ()) is None
+    assert not fused.takes(jnp.zeros((4, 128)), {}) and not fused.takes(jnp.zeros((0, 128), jnp.bfloat16), {})
+    assert not fused.takes(jnp.zeros((4, 128), jnp.bfloat16), {"precision": lax.Precision.HIGHEST})
