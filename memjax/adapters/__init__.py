@@ -2,5 +2,17 @@
 
 from memjax.adapters.adapter import Adapter, AdapterBytes, MergeError, load
 from memjax.adapters.lora import Lora, lora
+from memjax.adapters.squarehead import distillation_kl, distillation_loss, paired_blocks, squarehead
 
-__all__ = ["Adapter", "AdapterBytes", "Lora", "MergeError", "load", "lora"]
+__all__ = [
+    "Adapter",
+    "AdapterBytes",
+    "Lora",
+    "MergeError",
+    "distillation_kl",
+    "distillation_loss",
+    "load",
+    "lora",
+    "paired_blocks",
+    "squarehead",
+]

@@ -160,7 +160,7 @@ class Bert(nnx.Module):
         attention: AttentionName | None = None,
         prefix: jax.Array | None = None,
     ) -> Callable[[Block, jax.Array, Any], jax.Array]:
-        """Returns ``layer(block, x, prefix of the layer) -> x``, one step of the encoder; arguments as in `__call__`."""
+        """Returns ``layer(block, x, prefix of the layer) -> x``, one encoder step; arguments as in `__call__`."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], got shape {tokens.shape}")
         if mask is not None and mask.shape != tokens.shape:
