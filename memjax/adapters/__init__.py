@@ -2,6 +2,7 @@
 
 from memjax.adapters.adapter import Adapter, AdapterBytes, MergeError, load
 from memjax.adapters.lora import Lora, lora
+from memjax.adapters.masks import cubic, gradual, masked_updates, pack_mask, prune, unpack_mask
 from memjax.adapters.squarehead import distillation_kl, distillation_loss, paired_blocks, squarehead
 
 __all__ = [
@@ -9,10 +10,16 @@ __all__ = [
     "AdapterBytes",
     "Lora",
     "MergeError",
+    "cubic",
     "distillation_kl",
     "distillation_loss",
+    "gradual",
     "load",
     "lora",
+    "masked_updates",
+    "pack_mask",
     "paired_blocks",
+    "prune",
     "squarehead",
+    "unpack_mask",
 ]

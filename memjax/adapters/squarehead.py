@@ -41,7 +41,7 @@ def squarehead(
             f"expected as many blocks of the teacher as of the student, got {len(teacher)}, {len(student)}"
         )
     if isinstance(student, jax.Array) and isinstance(teacher, jax.Array):
-        return jax.lax.map(lambda pair: block_loss(*pair, token_mask, eps), (student, teacher)).sum()
+        return jax.lax.map(lambda pair: block_loss(pair[0], pair[1], token_mask, eps), (student, teacher)).sum()
     return jnp.sum(jnp.stack([block_loss(s, t, token_mask, eps) for s, t in zip(student, teacher)]))
 
 

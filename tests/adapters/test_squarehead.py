@@ -73,9 +73,9 @@ def test_divergence_and_the_weighted_sum():
         temperature=2.0,
     )
     assert_close(total, 0.5 * nll[keep].mean() + 2 * expected + 3 * formula(*hiddens, MASK)[0])
-    with pytest.raises(ValueError, match="square=1.0 needs student_hiddens and teacher_hiddens"):
+    with pytest.raises(ValueError, match=r"square=1\.0 needs student_hiddens and teacher_hiddens"):
         adapters.distillation_loss(student, labels)
-    with pytest.raises(ValueError, match="kl=0.0 makes no use of teacher_logits"):
+    with pytest.raises(ValueError, match=r"kl=0\.0 makes no use of teacher_logits"):
         adapters.distillation_loss(student, labels, teacher_logits=teacher, square=0.0)
 
 
