@@ -2,6 +2,7 @@
 
 from memjax.adapters.adapter import Adapter, AdapterBytes, MergeError, load
 from memjax.adapters.lora import Lora, lora
+from memjax.adapters.lrec import TeacherTopK, act_rms, distill_loss, lrec_init, teacher_topk
 from memjax.adapters.masks import cubic, gradual, masked_updates, pack_mask, prune, unpack_mask
 from memjax.adapters.squarehead import distillation_kl, distillation_loss, paired_blocks, squarehead
 
@@ -10,16 +11,21 @@ __all__ = [
     "AdapterBytes",
     "Lora",
     "MergeError",
+    "TeacherTopK",
+    "act_rms",
     "cubic",
+    "distill_loss",
     "distillation_kl",
     "distillation_loss",
     "gradual",
     "load",
     "lora",
+    "lrec_init",
     "masked_updates",
     "pack_mask",
     "paired_blocks",
     "prune",
     "squarehead",
+    "teacher_topk",
     "unpack_mask",
 ]
