@@ -23,11 +23,11 @@ from memjax.models.layers import (
     Source,
     attend,
     prefix_length,
-    prepend,
     replace_prefix,
     require_sizes,
     scan_layers,
     stack_layers,
+    with_prefix,
 )
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
@@ -186,7 +186,7 @@ class Bert(nnx.Module):
             raise ValueError(f"{tokens.shape[1]} tokens do not fit the encoder's {room} positions")
         positions = self.config.first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        return prepend(prefix, self.embeddings(tokens, positions, token_types))
+        return with_prefix(prefix, self.embeddings(tokens, positions, token_types))
 
     def finish(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """Returns the hidden states ``[B, S, D]`` of the tokens from what the last layer gave."""

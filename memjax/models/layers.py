@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax.adapters import prepend
+
 Remat = Literal["none", "full", "dots"]
 Attention = Literal["xla", "cudnn"]
 
@@ -165,12 +167,9 @@ def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
 
 
-def prepend(prefix: jax.Array | None, x: jax.Array) -> jax.Array:
-    """Puts ``prefix [P, D]``, or the first of ``[L, P, D]``, before every sequence of ``x [B, S, D]``, in its dtype."""
-    if prefix is None:
-        return x
-    first = (prefix[0] if prefix.ndim == 3 else prefix).astype(x.dtype)
-    return jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], *first.shape)), x], axis=1)
+def with_prefix(prefix: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Puts ``prefix [P, D]``, or the first of ``[L, P, D]``, before every sequence of ``x [B, S, D]``."""
+    return x if prefix is None else prepend(prefix[0] if prefix.ndim == 3 else prefix, x)
 
 
 def replace_prefix(prefix: jax.Array | None, x: jax.Array) -> jax.Array:

@@ -26,11 +26,11 @@ from memjax.models.layers import (
     Source,
     attend,
     prefix_length,
-    prepend,
     replace_prefix,
     require_sizes,
     scan_layers,
     stack_layers,
+    with_prefix,
 )
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -334,7 +334,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: jax.Array, prefix: jax.Array | None = None) -> jax.Array:
         """Returns what the first layer takes, ``[B, P + S, D]``."""
-        return prepend(prefix, self.embed_tokens(tokens))
+        return with_prefix(prefix, self.embed_tokens(tokens))
 
     def finish(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """Returns the normalised hidden states ``[B, S, D]`` of the tokens from what the last layer gave."""
