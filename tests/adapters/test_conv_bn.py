@@ -103,16 +103,18 @@ def test_statistics_get_no_gradient_and_a_flax_module_takes_the_folded_kernel():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def test_the_output_of_the_convolution_is_not_kept():
+def test_neither_the_output_of_the_convolution_nor_the_folded_kernel_is_kept():
     x, conv, bn, stats = arguments((3, 3, 4, 6), (2, 7, 8, 4), 3, jnp.float32)
 
-    def kept(fn):
+    def kept(fn, shape=(2, 7, 8, 6)):
         leaves = jax.tree.leaves(jax.eval_shape(lambda *primals: jax.vjp(fn, *primals)[1], x, conv, bn))
-        return [leaf.shape for leaf in leaves if leaf.shape == (2, 7, 8, 6)]
+        return [leaf.shape for leaf in leaves if leaf.shape == shape]
 
     plain = functools.partial(eval_mode, stats=stats, kernel_ndim=4, channel=3, settings={}, extra={})
     assert kept(lambda *primals: jnp.sum(plain(*primals)))
-    assert not kept(lambda *primals: jnp.sum(adapters.conv_bn_tune(*primals, stats)))
+    tune = lambda *primals: jnp.sum(adapters.conv_bn_tune(*primals, stats))  # noqa: E731
+    assert not kept(tune)
+    assert len(kept(tune, conv["kernel"].shape)) == 1  # the kernel itself, not the folded one
 
 
 def test_refusals():

@@ -63,10 +63,13 @@ def test_pruning_more_keeps_what_was_pruned():
     again = bools(more, dense)["layers/kernel"]
     assert not (again & ~keep).any()
     np.testing.assert_array_equal((again.reshape(2, 3, 4, 10).sum(2) == 2).sum((1, 2)), 24)
+    fewer = adapters.prune(array_like(dense), "2:4", "layers/kernel", fraction=0.1, masks=masks)[1]
+    np.testing.assert_array_equal(bools(fewer, dense)["layers/kernel"], keep)
     _, masks = adapters.prune(dense, 0.3)
-    more = adapters.prune(array_like(dense), 0.6, masks=masks)[1]
-    for path, keep in bools(masks, dense).items():
-        assert not (bools(more, dense)[path] & ~keep).any()
+    for amount in (0.6, 0.1):
+        more = adapters.prune(array_like(dense), amount, masks=masks)[1]
+        for path, keep in bools(masks, dense).items():
+            assert not (bools(more, dense)[path] & ~keep).any()
 
 
 def array_like(tree):
