@@ -40,7 +40,8 @@ def lrec_init(
 ) -> tuple[Lora, Theta]:
     """Returns the correction of stage 0 as a LoRA adapter on the quantized tree, and its factors.
 
-    It takes one singular value decomposition per matrix, one matrix at a time.
+    It decomposes one matrix at a time: its singular vectors on the shorter side are the eigenvectors of a Gram matrix,
+    and what these project out of the error is at its least to second order in their rounding.
 
     Args:
       params: the float tree.
@@ -92,9 +93,16 @@ def _best_factors(w: jax.Array, packed: WeightView, scale: jax.Array, rank: int)
 
     def factor(matrix: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         error, scale = matrix
-        u, s, v = jnp.linalg.svd(scale * error, full_matrices=False)
-        root = jnp.sqrt(s[:rank])
-        return u[:, :rank] * root / scale, root[:, None] * v[:rank]
+        weighted = scale * error
+        wide = d_in <= error.shape[1]
+        short = weighted if wide else weighted.T
+        gram = jnp.matmul(short, short.T, precision=lax.Precision.HIGHEST)
+        basis = jnp.linalg.eigh(gram)[1][:, : -rank - 1 : -1]
+        rest = jnp.matmul(basis.T, short, precision=lax.Precision.HIGHEST)
+        root = jnp.sqrt(jnp.linalg.norm(rest, axis=1, keepdims=True))  # of the singular values
+        rest = rest / jnp.where(root == 0, 1, root)
+        a, b = (basis * root.T, rest) if wide else (rest.T, root * basis.T)
+        return a / scale, b
 
     return lax.map(factor, (error, scale))
 
