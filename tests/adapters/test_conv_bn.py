@@ -62,7 +62,10 @@ def arguments(shape, image, axis, dtype, lacking=()):
     return array(1, *image, dtype=dtype), conv, bn, {"mean": vectors["mean"], "var": jnp.exp(vectors["var"])}
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("strides and dilation", "channels first", "depthwise", "transposed kernel")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_values_and_gradients_equal_eval_mode_in_float64(name):
     shape, image, settings, extra = CASES[name]
     axis, channel = AXES.get(name, (len(shape) - 1, len(image) - 1))

@@ -10,7 +10,6 @@ from jax import lax
 from memjax import adapters, weights
 from memjax.codecs.grouped import Grouped
 from memjax.core.bytes import nbytes
-from tests.models.checkpoints import checkpoint
 from tests.random_views import array, assert_close
 
 INT2 = Grouped(2, 8, True, "bfloat16")
@@ -83,7 +82,7 @@ def test_refusals():
         adapters.teacher_topk(array(0, 3, 5), 6)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8, 9])
+@pytest.mark.parametrize("k", [3, 8, 9])
 def test_divergence_from_a_kept_top_k(k):
     t, vocabulary = 2.0, 9
     student, teacher = 3 * array(0, 2, 4, vocabulary), 3 * array(1, 2, 4, vocabulary)
@@ -94,16 +93,21 @@ def test_divergence_from_a_kept_top_k(k):
     p, q = np.take_along_axis(p, best, -1), np.take_along_axis(q, best, -1)
     cut = [np.concatenate([x[..., :k], x[..., k:].sum(-1, keepdims=True)], -1)[..., : min(k + 1, 9)] for x in (p, q)]
     expected = (cut[0] * np.log(cut[0] / cut[1])).sum(-1)[np.asarray(mask) != 0].mean() * t**2
-    kept = adapters.teacher_topk(teacher, k, t)
+
+    @jax.jit
+    def both(student, teacher):
+        kept = adapters.teacher_topk(teacher, k, t)
+        run = jax.value_and_grad(lambda student, teacher: adapters.distill_loss(student, teacher, mask, t))
+        return kept, run(student, kept), run(student, teacher), run(teacher, kept)[0]
+
+    kept, (value, gradient), (full, full_gradient), same = both(student, teacher)
     assert nbytes(kept) == 2 * 4 * (8 * k + 4)
-    value, gradient = jax.value_and_grad(adapters.distill_loss)(student, kept, mask, t)
     assert_close(value, expected)
-    full, full_gradient = jax.value_and_grad(adapters.distill_loss)(student, teacher, mask, t)
     assert value <= full + 1e-6
     if k >= vocabulary - 1:
         assert_close((value, gradient), (full, full_gradient))
     assert np.isfinite(gradient).all()
-    assert abs(float(adapters.distill_loss(teacher, kept, mask, t))) < 1e-5
+    assert abs(float(same)) < 1e-5
 
 
 def net(params, x):
@@ -138,35 +142,37 @@ def test_inputs_are_measured_through_scans_checkpoints_vmaps_and_views():
         adapters.act_rms(lambda p, x: x @ p["layers"]["kernel"][0], tree, x, where="wide/kernel")
 
 
+def language_model(params, tokens):
+    def layer(x, p):
+        return x + jnp.tanh(x @ p["up"]) @ p["down"], None
+
+    return lax.scan(layer, params["embedding"][tokens], params["layers"])[0] @ params["head"]
+
+
 def test_correction_and_distillation_bring_a_model_back_to_its_float_self():
-    model = checkpoint("llama3")
-    where = "layers/**/kernel"
-    packed = weights.quantize(model.params, INT2, where)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (41, 8, 12)))
-    held_out = tokens[40]
-    rms = adapters.act_rms(model.hidden, model.params, tokens[0], where=where)
-    apply = weights.lift(model.logits)
-    logits = jax.jit(lambda tokens: lax.map(lambda t: model.logits(model.params, t), tokens))(tokens)
-    kept = adapters.teacher_topk(logits[:40], 16)
-    adapter, theta = adapters.lrec_init(model.params, packed, 4, rms, where)
+    params = {
+        "embedding": array(0, 50, 16),
+        "layers": {"up": array(1, 3, 16, 32) / 4, "down": array(2, 3, 32, 16) / 6},
+        "head": array(3, 16, 50) / 4,
+    }
+    packed = weights.quantize(params, INT2, "layers/*")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (41, 64)))
+    logits = jax.jit(language_model)(params, tokens)
+    kept = adapters.teacher_topk(logits[:40], 8)
+    rms = adapters.act_rms(language_model, params, tokens, where="layers/*")
+    adapter, theta = adapters.lrec_init(params, packed, 3, rms, "layers/*")
 
-    @jax.jit
-    def far(theta):
-        return adapters.distill_loss(apply(adapter.attach(packed, theta), held_out), logits[40])
-
-    plain, stage_0 = float(far(jax.tree.map(jnp.zeros_like, theta))), float(far(theta))
+    def loss(theta, tokens, teacher):
+        return adapters.distill_loss(weights.lift(language_model)(adapter.attach(packed, theta), tokens), teacher)
 
     tx = optax.adam(5e-3)
 
     def step(carry, batch):
         theta, state = carry
-        tokens, top = batch
-        loss = lambda theta: adapters.distill_loss(apply(adapter.attach(packed, theta), tokens), top)  # noqa: E731
-        updates, state = tx.update(jax.grad(loss)(theta), state, theta)
+        updates, state = tx.update(jax.grad(loss)(theta, *batch), state, theta)
         return (optax.apply_updates(theta, updates), state), None
 
-    def train(theta):
-        return lax.scan(step, (theta, tx.init(theta)), (tokens[:40], kept))[0][0]
-
-    stage_1 = float(far(jax.jit(train)(theta)))
+    trained = jax.jit(lambda theta: lax.scan(step, (theta, tx.init(theta)), (tokens[:40], kept))[0][0])(theta)
+    far = jax.jit(lambda theta: loss(theta, tokens[40], logits[40]))
+    plain, stage_0, stage_1 = (float(far(x)) for x in (jax.tree.map(jnp.zeros_like, theta), theta, trained))
     assert 0 < stage_1 < 0.8 * stage_0 < 0.8 * 0.8 * plain  # the float model is 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax import codecs, models, weights
+from memjax import models
 from tests.models.checkpoints import checkpoint, reference
 
 
@@ -35,14 +35,6 @@ def test_stages_make_the_model(name):
     np.testing.assert_allclose(collected[1], blocks, atol=1e-5)
 
 
-def test_hiddens_of_packed_weights():
-    model, tokens = checkpoint("llama3"), tokens_of("llama3")
-    packed = weights.quantize(model.params, codecs.int8(group=8), "layers/**/kernel")
-    actual = jax.jit(weights.lift(model.hiddens))(packed, tokens)
-    expected = jax.jit(model.hiddens)(weights.materialize(packed), tokens)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
-
-
 def test_a_prompt_of_embedded_tokens_equals_these_tokens():
     model, tokens = checkpoint("mistral"), tokens_of("mistral")
     hard = jnp.broadcast_to(jnp.asarray([3, 9, 4]), (len(tokens), 3))
@@ -62,16 +54,18 @@ def test_a_prompt_of_embedded_tokens_equals_these_tokens():
 def test_every_packed_document_sees_the_prompt():
     model, tokens = checkpoint("llama3"), tokens_of("llama3")[:1]
     prefix = 0.5 * jax.random.normal(jax.random.key(0), (2, model.config.hidden_size))
-    together = model.hidden(model.params, tokens, prefix=prefix, segment_ids=jnp.asarray([[3] * 4 + [1] * 4 + [2] * 4]))
-    separate = model.hidden(model.params, tokens.reshape(3, 4), prefix=prefix)
+    apply = jax.jit(model.hidden)
+    together = apply(model.params, tokens, prefix=prefix, segment_ids=jnp.asarray([[3] * 4 + [1] * 4 + [2] * 4]))
+    separate = apply(model.params, tokens.reshape(3, 4), prefix=prefix)
     np.testing.assert_allclose(together, separate.reshape(together.shape), atol=1e-5)
 
 
 def test_a_prompt_of_an_encoder_is_attended_like_tokens():
     model, tokens = checkpoint("bert"), tokens_of("bert")[:1]
-    inputs = model.stages(tokens).embed(model.params)
-    expected = model.hidden(model.params, tokens)[:, :8]
-    actual = model.hidden(model.params, tokens[:, :8], prefix=inputs[0, 8:], mask=jnp.ones((1, 8)))
+    inputs = jax.jit(lambda params: model.stages(tokens).embed(params))(model.params)
+    apply = jax.jit(model.hidden)
+    expected = apply(model.params, tokens)[:, :8]
+    actual = apply(model.params, tokens[:, :8], prefix=inputs[0, 8:], mask=jnp.ones((1, 8)))
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
