@@ -2,6 +2,7 @@
 
 from memjax.models.bert import Bert, BertConfig, sentence_embedding
 from memjax.models.generate import generate
+from memjax.models.layers import Stages
 from memjax.models.llama import Llama, LlamaConfig, RopeScaling, llama_config
 from memjax.models.load import load
 from memjax.models.model import Model, abstract, random_params
@@ -13,6 +14,7 @@ __all__ = [
     "LlamaConfig",
     "Model",
     "RopeScaling",
+    "Stages",
     "abstract",
     "generate",
     "llama_config",

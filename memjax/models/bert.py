@@ -6,7 +6,7 @@ Layers are stacked along a leading axis and run by `jax.lax.scan`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,12 @@ from memjax.models.layers import (
     Remat,
     Source,
     attend,
+    prefix_length,
+    replace_prefix,
     require_sizes,
     scan_layers,
     stack_layers,
+    with_prefix,
 )
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
@@ -150,6 +153,45 @@ class Bert(nnx.Module):
         self.layers = stack_layers(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
         self.config = config
 
+    def layer(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        attention: AttentionName | None = None,
+        prefix: jax.Array | None = None,
+    ) -> Callable[[Block, jax.Array, Any], jax.Array]:
+        """Returns ``layer(block, x, prefix of the layer) -> x``, one encoder step; arguments as in `__call__`."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, sequence], got shape {tokens.shape}")
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(f"mask must have the shape of tokens {tokens.shape}, got {mask.shape}")
+        length = prefix_length(prefix, self.config.num_layers, self.config.hidden_size)
+        attended = None
+        if mask is not None:
+            attended = jnp.pad(mask != 0, ((0, 0), (length, 0)), constant_values=True)[:, None, None, :]
+        return lambda block, x, own_prefix: block(replace_prefix(own_prefix, x), attended, attention)
+
+    def layer_xs(self, prefix: jax.Array | None = None) -> Any:
+        """Returns what else than params tells the layers apart: arrays ``[L, ...]`` for `scan_layers`."""
+        return prefix if prefix is not None and prefix.ndim == 3 else None
+
+    def embed(
+        self, tokens: jax.Array, token_types: jax.Array | None = None, prefix: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns what the first layer takes, ``[B, P + S, D]``."""
+        if token_types is not None and token_types.shape != tokens.shape:
+            raise ValueError(f"token_types must have the shape of tokens {tokens.shape}, got {token_types.shape}")
+        room = self.config.max_positions - self.config.first_position
+        if tokens.shape[1] > room:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit the encoder's {room} positions")
+        positions = self.config.first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
+        return with_prefix(prefix, self.embeddings(tokens, positions, token_types))
+
+    def finish(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns the hidden states ``[B, S, D]`` of the tokens from what the last layer gave."""
+        return x[:, x.shape[1] - tokens.shape[1] :]
+
     def __call__(
         self,
         tokens: jax.Array,
@@ -158,6 +200,7 @@ class Bert(nnx.Module):
         token_types: jax.Array | None = None,
         remat: Remat = "none",
         attention: AttentionName | None = None,
+        prefix: jax.Array | None = None,
     ) -> jax.Array:
         """Encodes sequences that start at position 0.
 
@@ -167,29 +210,19 @@ class Bert(nnx.Module):
           token_types: int32 ``[B, S]``; default 0.
           remat: see `memjax.models.layers.scan_layers`.
           attention: "xla", "cudnn", or None for the best that runs.
+          prefix: ``[P, D]`` of a soft prompt, which stands before every embedded sequence and takes no positions of the
+            table; ``[L, P, D]`` replaces it before each layer.
 
         Returns:
-          ``[B, S, D]`` in the dtype of the embedding.
+          ``[B, S, D]`` in the dtype of the embedding: the tokens only.
 
         Raises:
           ValueError: shapes that do not fit, or more tokens than the position table has rows.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [batch, sequence], got shape {tokens.shape}")
-        for name, value in (("mask", mask), ("token_types", token_types)):
-            if value is not None and value.shape != tokens.shape:
-                raise ValueError(f"{name} must have the shape of tokens {tokens.shape}, got {value.shape}")
-        room = self.config.max_positions - self.config.first_position
-        if tokens.shape[1] > room:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fit the encoder's {room} positions")
-        positions = self.config.first_position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-        attended = None if mask is None else (mask != 0)[:, None, None, :]
-
-        def layer(block: Block, x: jax.Array, _: None) -> jax.Array:
-            return block(x, attended, attention)
-
-        return scan_layers(self.layers, layer, self.embeddings(tokens, positions, token_types), remat=remat)
+        layer = self.layer(tokens, mask, attention, prefix)
+        x = self.embed(tokens, token_types, prefix)
+        x = scan_layers(self.layers, layer, x, self.layer_xs(prefix), remat=remat)
+        return self.finish(tokens, x)
 
 
 def sentence_embedding(hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.models.layers import prefix_length
 from memjax.models.llama import LlamaConfig, make_cache
 from memjax.models.model import Model, bind
 from memjax.weights import lift
@@ -25,6 +26,7 @@ def generate(
     top_k: int | None = None,
     key: jax.Array | None = None,
     eos: int | Sequence[int] | None = None,
+    prefix: jax.Array | None = None,
 ) -> jax.Array:
     """Continues prompts of equal length.
 
@@ -38,6 +40,7 @@ def generate(
       key: PRNG key, needed when ``temperature`` is above 0.
       eos: token or tokens that end a sequence; the rest of its row is filled with the first of them. The loop stops
         when all sequences have ended.
+      prefix: a soft prompt before the prompts; see `Model.hidden`.
 
     Returns:
       int32 ``[B, S + N]``, prompts included.
@@ -57,11 +60,12 @@ def generate(
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    total = prompt_tokens.shape[1] + max_new_tokens
+    positions = prefix_length(prefix, config.num_layers, config.hidden_size)
+    total = positions + prompt_tokens.shape[1] + max_new_tokens
     if total > config.max_positions:
         raise ValueError(
-            f"{prompt_tokens.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{config.max_positions}"
+            f"{positions + prompt_tokens.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's "
+            f"context of {config.max_positions}"
         )
     low, high = int(prompt_tokens.min()), int(prompt_tokens.max())
     if low < 0 or high >= config.vocab_size:
@@ -78,6 +82,7 @@ def generate(
         prompt_tokens.astype(jnp.int32),
         jnp.float32(temperature),
         jax.random.key(0) if key is None else key,
+        prefix,
         config=config,
         count=max_new_tokens,
         sample=temperature > 0,
@@ -87,8 +92,8 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "sample", "top_k", "eos"))
-def _generate(params: Any, prompt: jax.Array, temperature: jax.Array, key: jax.Array, **static: Any) -> jax.Array:
-    return lift(functools.partial(_loop, **static))(params, prompt, temperature, key)
+def _generate(params: Any, *arrays: Any, **static: Any) -> jax.Array:
+    return lift(functools.partial(_loop, **static))(params, *arrays)
 
 
 def _loop(
@@ -96,6 +101,7 @@ def _loop(
     prompt: jax.Array,
     temperature: jax.Array,
     key: jax.Array,
+    prefix: jax.Array | None,
     *,
     config: LlamaConfig,
     count: int,
@@ -105,7 +111,8 @@ def _loop(
 ) -> jax.Array:
     module = bind(config, params)
     batch, length = prompt.shape
-    cache = make_cache(config, batch, length + count, params["embed_tokens"]["embedding"].dtype)
+    size = prefix_length(prefix, config.num_layers, config.hidden_size) + length + count
+    cache = make_cache(config, batch, size, params["embed_tokens"]["embedding"].dtype)
 
     def pick(hidden: jax.Array, step: jax.Array | int) -> jax.Array:
         logits = module.logits(hidden[:, -1])
@@ -118,7 +125,7 @@ def _loop(
     def ended(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros(token.shape, bool)
 
-    hidden, cache = module.extend(prompt, cache, first=True)
+    hidden, cache = module.extend(prompt, cache, first=True, prefix=prefix)
     token = pick(hidden, 0)
     tokens = jnp.full((batch, length + count), eos[0] if eos else 0, jnp.int32)
     tokens = jax.lax.dynamic_update_slice(tokens, prompt, (0, 0)).at[:, length].set(token)

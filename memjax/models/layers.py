@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memjax.adapters import prepend
+
 Remat = Literal["none", "full", "dots"]
 Attention = Literal["xla", "cudnn"]
 
@@ -18,6 +20,25 @@ _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Stages(NamedTuple):
+    """A model cut into pure functions, for loops over its blocks other than the model's own.
+
+    ``hidden = finish(params, x)`` where x starts as ``embed(params)`` and goes through ``x = block(layer, x)`` for
+    every slice ``layer`` of ``layers(params)``, as in `jax.lax.scan`.
+
+    Attributes:
+      embed: params -> ``x [B, P + S, D]``, with P prompt positions in front.
+      layers: params -> pytree of arrays ``[L, ...]``: the blocks' params and what else tells them apart.
+      block: (slice of ``layers``, x) -> x.
+      finish: (params, x) -> last hidden states ``[B, S, D]`` of the tokens.
+    """
+
+    embed: Callable[[Any], jax.Array]
+    layers: Callable[[Any], Any]
+    block: Callable[[Any, jax.Array], jax.Array]
+    finish: Callable[[Any, jax.Array], jax.Array]
 
 
 class Source(NamedTuple):
@@ -130,17 +151,46 @@ def scan_layers(
     Returns:
       The last carry.
     """
-    if remat not in ("none", *_POLICIES):
-        raise ValueError(f"remat must be 'none', 'full' or 'dots', got {remat!r}")
     graphdef, state = nnx.split(layers)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
         state, x = layer
         return call(nnx.merge(graphdef, state), carry, x), None
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, (state, xs))[0]
+    return jax.lax.scan(checkpointed(body, remat), carry, (state, xs))[0]
+
+
+def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Returns the body of a scan such that reverse mode keeps what ``remat`` says; see `scan_layers`."""
+    if remat not in ("none", *_POLICIES):
+        raise ValueError(f"remat must be 'none', 'full' or 'dots', got {remat!r}")
+    return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
+
+
+def with_prefix(prefix: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Puts ``prefix [P, D]``, or the first of ``[L, P, D]``, before every sequence of ``x [B, S, D]``."""
+    return x if prefix is None else prepend(prefix[0] if prefix.ndim == 3 else prefix, x)
+
+
+def replace_prefix(prefix: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Returns ``x [B, P + S, D]`` with a layer's own ``prefix [P, D]`` in front, where it has one."""
+    return x if prefix is None else prepend(prefix, x[:, prefix.shape[0] :])
+
+
+def prefix_length(prefix: jax.Array | None, num_layers: int, features: int) -> int:
+    """Returns the number of prompt positions.
+
+    Raises:
+      ValueError: a prefix that is neither ``[P, D]`` nor ``[L, P, D]``.
+    """
+    if prefix is None:
+        return 0
+    if prefix.ndim not in (2, 3) or prefix.shape[-1] != features or (prefix.ndim == 3 and len(prefix) != num_layers):
+        raise ValueError(
+            f"prefix must be [positions, {features}], or [{num_layers}, positions, {features}] for one per layer, got "
+            f"shape {prefix.shape}"
+        )
+    return prefix.shape[-2]
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,9 +25,12 @@ from memjax.models.layers import (
     Remat,
     Source,
     attend,
+    prefix_length,
+    replace_prefix,
     require_sizes,
     scan_layers,
     stack_layers,
+    with_prefix,
 )
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -253,13 +256,52 @@ class Llama(nnx.Module):
             layer_has_window, lambda *qkv: attention(*qkv, window), lambda *qkv: attention(*qkv, None), *qkv
         )
 
-    def _layer_xs(self) -> tuple[jax.Array, jax.Array]:
+    def layer_xs(self, prefix: jax.Array | None = None) -> Any:
+        """Returns what else than params tells the layers apart: arrays ``[L, ...]`` for `scan_layers`."""
         count = self.config.num_layers
         windows = self.config.window_layers or (True,) * count
-        return jnp.arange(count), jnp.asarray(windows)
+        return jnp.arange(count), jnp.asarray(windows), prefix if prefix is not None and prefix.ndim == 3 else None
 
     def _angles(self, positions: jax.Array) -> jax.Array:
         return positions.astype(jnp.float32)[..., None] * rope_frequencies(self.config)
+
+    def layer(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        attention: AttentionName | None = None,
+        prefix: jax.Array | None = None,
+    ) -> Callable[[Block, jax.Array, Any], jax.Array]:
+        """Returns ``layer(block, x, extra) -> x``, one step of the decoder; arguments as in `__call__`."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, sequence], got shape {tokens.shape}")
+        for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
+            if ids is not None and ids.shape != tokens.shape:
+                raise ValueError(f"{name} must have the shape of tokens {tokens.shape}, got {ids.shape}")
+        length = prefix_length(prefix, self.config.num_layers, self.config.hidden_size)
+        mask = None
+        if segment_ids is not None:
+            if length and self.config.sliding_window is not None:
+                raise ValueError("a prefix before packed segments is not supported for a model with a sliding window")
+            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (length, 0), (length, 0)), constant_values=True)
+            positions = segment_positions(segment_ids) if positions is None else positions
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        if length:
+            front = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (positions.shape[0], length))
+            positions = jnp.concatenate([front, length + positions], axis=1)
+        angles = self._angles(positions)
+
+        def attend_window(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+            return attend(q, k, v, causal=True, mask=mask, window=window, implementation=attention)
+
+        def layer(block: Block, x: jax.Array, extra: Any) -> jax.Array:
+            _, has_window, own_prefix = extra
+            return block(replace_prefix(own_prefix, x), angles, self._windowed(has_window, attend_window))
+
+        return layer
 
     def __call__(
         self,
@@ -269,6 +311,7 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         remat: Remat = "none",
         attention: AttentionName | None = None,
+        prefix: jax.Array | None = None,
     ) -> jax.Array:
         """Runs the decoder up to and including the final norm.
 
@@ -279,34 +322,32 @@ class Llama(nnx.Module):
           positions: int32 ``[B, S]``; default: from 0, restarting at each segment.
           remat: see `memjax.models.layers.scan_layers`.
           attention: "xla", "cudnn", or None for the best that runs.
+          prefix: ``[P, D]`` of a soft prompt, which stands before every sequence and is seen by every segment of it:
+            positions 0 to P - 1, those of the tokens moved on by P. ``[L, P, D]`` replaces it before each layer.
 
         Returns:
-          ``[B, S, D]`` in the dtype of the embedding.
+          ``[B, S, D]`` in the dtype of the embedding: the tokens only.
         """
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [batch, sequence], got shape {tokens.shape}")
-        for name, ids in (("segment_ids", segment_ids), ("positions", positions)):
-            if ids is not None and ids.shape != tokens.shape:
-                raise ValueError(f"{name} must have the shape of tokens {tokens.shape}, got {ids.shape}")
-        mask = None
-        if segment_ids is not None:
-            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-            positions = segment_positions(segment_ids) if positions is None else positions
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        angles = self._angles(positions)
+        layer = self.layer(tokens, segment_ids, positions, attention, prefix)
+        x = scan_layers(self.layers, layer, self.embed(tokens, prefix), self.layer_xs(prefix), remat=remat)
+        return self.finish(tokens, x)
 
-        def attend_window(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-            return attend(q, k, v, causal=True, mask=mask, window=window, implementation=attention)
+    def embed(self, tokens: jax.Array, prefix: jax.Array | None = None) -> jax.Array:
+        """Returns what the first layer takes, ``[B, P + S, D]``."""
+        return with_prefix(prefix, self.embed_tokens(tokens))
 
-        def layer(block: Block, x: jax.Array, extra: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return block(x, angles, self._windowed(extra[1], attend_window))
-
-        x = scan_layers(self.layers, layer, self.embed_tokens(tokens), self._layer_xs(), remat=remat)
-        return self.norm(x)
+    def finish(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns the normalised hidden states ``[B, S, D]`` of the tokens from what the last layer gave."""
+        return self.norm(x[:, x.shape[1] - tokens.shape[1] :])
 
     def extend(
-        self, tokens: jax.Array, cache: Cache, *, first: bool = False, attention: AttentionName | None = None
+        self,
+        tokens: jax.Array,
+        cache: Cache,
+        *,
+        first: bool = False,
+        attention: AttentionName | None = None,
+        prefix: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs the decoder on the next tokens of sequences whose past is in ``cache``.
 
@@ -315,17 +356,21 @@ class Llama(nnx.Module):
           cache: the past; it must have room for S more positions.
           first: the cache is empty, so attention needs to look at the new tokens only.
           attention: as in `__call__`, for ``first``; later tokens attend to the whole cache by XLA.
+          prefix: as in `__call__`, with ``first`` only; takes P positions of the cache.
 
         Returns:
           hidden states ``[B, S, D]`` and the cache with the new positions.
         """
-        new = cache.length + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        if prefix is not None and not first:
+            raise ValueError("a prefix stands before the first tokens only: give it with first=True")
+        count = prefix_length(prefix, self.config.num_layers, self.config.hidden_size) + tokens.shape[1]
+        new = cache.length + jnp.arange(count, dtype=jnp.int32)
         angles = self._angles(new[None])
         slots = jnp.arange(cache.k.shape[2], dtype=jnp.int32)
 
-        def layer(block: Block, carry: Any, extra: tuple[jax.Array, jax.Array]) -> Any:
+        def layer(block: Block, carry: Any, extra: Any) -> Any:
             x, keys, values = carry
-            index, has_window = extra
+            index, has_window, own_prefix = extra
 
             def attend_past(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
                 if first:
@@ -342,11 +387,11 @@ class Llama(nnx.Module):
                 values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
                 return self._windowed(has_window, attend_past)(q, k, v)
 
-            return block(x, angles, attention_and_write), keys, values
+            return block(replace_prefix(own_prefix, x), angles, attention_and_write), keys, values
 
-        carry = (self.embed_tokens(tokens), cache.k, cache.v)
-        x, keys, values = scan_layers(self.layers, layer, carry, self._layer_xs())
-        return self.norm(x), Cache(keys, values, cache.length + tokens.shape[1])
+        carry = (self.embed(tokens, prefix), cache.k, cache.v)
+        x, keys, values = scan_layers(self.layers, layer, carry, self.layer_xs(prefix))
+        return self.finish(tokens, x), Cache(keys, values, cache.length + count)
 
     def head(self) -> tuple[jax.Array, int]:
         """Returns the output weight and its axis of size D: `lm_head` ``[D, V]`` and 0, or the tied embedding and 1."""

@@ -12,8 +12,9 @@ from flax import nnx
 
 from memjax.core.paths import leaf_paths, map_with_path
 from memjax.core.views import is_view
+from memjax.models import bert, llama
 from memjax.models.bert import Bert, BertConfig
-from memjax.models.layers import Attention, Remat, structure
+from memjax.models.layers import Attention, Remat, Stages, checkpointed, structure
 from memjax.models.llama import Llama, LlamaConfig
 
 Config = LlamaConfig | BertConfig
@@ -115,6 +116,7 @@ class Model:
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
         token_types: jax.Array | None = None,
+        prefix: jax.Array | None = None,
         remat: Remat = "none",
         attention: Attention | None = None,
     ) -> jax.Array:
@@ -125,17 +127,68 @@ class Model:
           tokens: int32 ``[B, S]``.
           segment_ids, positions: int32 ``[B, S]``, decoders only; see `Llama`.
           mask, token_types: ``[B, S]``, encoders only; see `Bert`.
+          prefix: a soft prompt ``[P, D]``, or ``[L, P, D]`` for one per layer, such as `memjax.adapters.Prompt` makes.
           remat: "none", "full" or "dots"; see `memjax.models.layers.scan_layers`.
           attention: "xla", "cudnn", or None for the best that runs.
         """
-        module = bind(self.config, params)
+        own = self._inputs(segment_ids, positions, mask, token_types)
+        return bind(self.config, params)(tokens, **own, prefix=prefix, remat=remat, attention=attention)
+
+    def hiddens(
+        self, params: Any, tokens: jax.Array, *, remat: Remat = "none", **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the last hidden states ``[B, S, D]`` and what every block gave, ``[L, B, S, D]``.
+
+        Args:
+          params, tokens, remat: as in `hidden`.
+          **options: the other options of `hidden`.
+        """
+        stages = self.stages(tokens, **options)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+            x = stages.block(layer, x)
+            return x, x
+
+        x, blocks = jax.lax.scan(checkpointed(body, remat), stages.embed(params), stages.layers(params))
+        return stages.finish(params, x), blocks[:, :, blocks.shape[2] - tokens.shape[1] :]
+
+    def stages(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        prefix: jax.Array | None = None,
+        attention: Attention | None = None,
+    ) -> Stages:
+        """Cuts the model at its blocks: for a side network, a teacher beside its student, training block by block.
+
+        Args:
+          tokens and options: as in `hidden`.
+        """
+        own = self._inputs(segment_ids, positions, mask, token_types)
+        types = {name: own.pop(name) for name in ("token_types",) if name in own}
+        module: Any = nnx.merge(*structure(module_of(self.config), self.config))
+        step = module.layer(tokens, **own, attention=attention, prefix=prefix)
+        graphdef = structure(llama.Block if self.kind == "causal" else bert.Block, self.config)[0]
+        return Stages(
+            embed=lambda params: bind(self.config, params).embed(tokens, **types, prefix=prefix),
+            layers=lambda params: (params["layers"], module.layer_xs(prefix)),
+            block=lambda layer, x: step(nnx.merge(graphdef, layer[0]), x, layer[1]),
+            finish=lambda params, x: bind(self.config, params).finish(tokens, x),
+        )
+
+    def _inputs(self, segment_ids: Any, positions: Any, mask: Any, token_types: Any) -> dict[str, Any]:
+        """Returns the inputs beside tokens that the model's kind takes."""
         if self.kind == "causal":
             if mask is not None or token_types is not None:
                 raise ValueError("mask and token_types are for encoders; a decoder takes segment_ids")
-            return module(tokens, segment_ids=segment_ids, positions=positions, remat=remat, attention=attention)
+            return {"segment_ids": segment_ids, "positions": positions}
         if segment_ids is not None or positions is not None:
             raise ValueError("segment_ids and positions are for decoders; an encoder takes mask")
-        return module(tokens, mask=mask, token_types=token_types, remat=remat, attention=attention)
+        return {"mask": mask, "token_types": token_types}
 
     def logits(self, params: Any, tokens: jax.Array, **options: Any) -> jax.Array:
         """Returns a decoder's float32 logits ``[B, S, V]``; arguments as in `hidden`."""
