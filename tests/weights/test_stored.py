@@ -1,6 +1,7 @@
 """The laws of views, for every way of storing a weight: products, lookups, convolutions, gradients, bytes, files."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from memjax import codecs, weights
 from memjax.core.views import Axes, make_axes
@@ -247,3 +250,32 @@ def test_bad_weights_are_refused_by_path():
             store(weights.sparsify({"a": {"kernel": array(0, 8, 8)}}, "1:4"))
         with pytest.raises(ValueError, match="matches no leaf"):
             store({"a": {"bias": array(0, 8, 8)}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record, tensors: record.update(view="csr"),
+        lambda record, tensors: record.update(outputs=[-2]),
+        lambda record, tensors: record["settings"].update(input_sizes=[500]),
+        lambda record, tensors: record["settings"].update(input_sizes=[8, 2]),
+        lambda record, tensors: record["settings"].update(dense_dtype="int8"),
+        lambda record, tensors: record["settings"].pop("inner_sizes"),
+        lambda record, tensors: record["leaves"].pop("masks"),
+        lambda record, tensors: record["leaves"].update(masks=2),
+        lambda record, tensors: tensors.pop("w#masks"),
+        lambda record, tensors: tensors.update({"w#masks": tensors["w#masks"].astype(np.int32)}),
+        lambda record, tensors: tensors.update({"w#offsets": tensors["w#offsets"][:, :0]}),
+        lambda record, tensors: tensors.update({"w#more": tensors["w#offsets"]}),
+    ],
+)
+def test_a_tampered_file_is_refused(tmp_path, change):
+    path = tmp_path / "w.safetensors"
+    weights.save(path, {W: stack("bitmap")})
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    tensors, formats = load_file(path), json.loads(metadata["packed"])
+    change(formats[W], tensors)
+    save_file(tensors, path, metadata={**metadata, "packed": json.dumps(formats)})
+    with pytest.raises(ValueError, match=r"w\.safetensors: w does not fit its recorded format"):
+        weights.load(path)
