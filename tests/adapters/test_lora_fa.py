@@ -8,7 +8,7 @@ import pytest
 
 from memjax import adapters, codecs, weights
 from memjax.weights import lift
-from tests.random_views import array, assert_close
+from tests.random_views import array, assert_close, kept_by_reverse_mode
 
 T, D_IN, D_OUT, RANK = 7, 16, 12, 3
 SETTINGS = {"rank": RANK, "alpha": 6, "targets": "kernel"}
@@ -26,9 +26,9 @@ def test_the_input_is_not_kept(dtype, packed):
     x = array(1, T, D_IN, dtype=dtype)
 
     def kept(adapter):
-        frozen, theta = adapter.prepare(jax.random.key(0), params)
-        back = jax.vjp(lambda theta: lift(apply)(adapter.attach(frozen, theta), 2 * x), theta)[1]
-        return [leaf.shape for leaf in jax.tree.leaves(back)]
+        frozen, theta = jax.eval_shape(adapter.prepare, jax.random.key(0), params)
+        kept = kept_by_reverse_mode(lambda theta: lift(apply)(adapter.attach(frozen, theta), 2 * x), theta)
+        return [leaf.shape for leaf in kept]
 
     frozen_a, trained_a = kept(adapters.lora_fa(**SETTINGS)), kept(adapters.lora(**SETTINGS))
     assert (T, RANK) in frozen_a and (T, D_IN) not in frozen_a
@@ -38,7 +38,7 @@ def test_the_input_is_not_kept(dtype, packed):
 def test_the_gradient_is_that_of_lora_with_the_same_a():
     params, x = {"kernel": array(0, D_IN, D_OUT)}, array(1, T, D_IN)
     adapter, lora = adapters.lora_fa(**SETTINGS), adapters.lora(**SETTINGS)
-    frozen, theta = adapter.prepare(jax.random.key(0), params)
+    frozen, theta = jax.jit(adapter.prepare)(jax.random.key(0), params)
     theta = {"kernel": {"b": array(2, RANK, D_OUT)}}
     a = frozen["kernel"].constants["a"]
 
@@ -59,7 +59,7 @@ def test_the_correction_moves_the_weight_closest_to_its_own_gradient():
     params = {"layers": {"kernel": array(0, 2, 2, 8, D_OUT)}, "head": {"kernel": array(1, D_IN, D_OUT)}}
     axes = {"layers/kernel": ((-3, -2), -1)}
     adapter = adapters.lora_fa(rank=RANK, alpha=6, axes=axes)
-    frozen, theta = adapter.prepare(jax.random.key(0), params)
+    frozen, theta = jax.jit(adapter.prepare)(jax.random.key(0), params)
     wanted, grads = {}, {}
     for path, leaf in (("layers/kernel", frozen["layers"]["kernel"]), ("head/kernel", frozen["head"]["kernel"])):
         a = np.asarray(leaf.constants["a"], np.float64).reshape(-1, D_IN, RANK)

@@ -22,7 +22,7 @@ from memjax.core.bytes import nbytes
 from memjax.core.paths import leaf_paths, map_with_path
 from memjax.core.views import is_view
 from memjax.weights import Anchored, lift, materialize
-from tests.random_views import array, assert_close
+from tests.random_views import array, assert_close, kept_by_reverse_mode, moved
 
 DEPTH, D, F, RANK, ROWS = 2, 8, 16, 2, 4
 ALL = "**/kernel"
@@ -212,14 +212,6 @@ def dense_tree(method, frozen, theta):
     return map_with_path(change, tree)
 
 
-def moved(theta):
-    """Returns factors as after some training."""
-    leaves, tree = jax.tree.flatten(theta)
-    return jax.tree.unflatten(
-        tree, [leaf + 0.2 * array(100 + i, *leaf.shape, dtype=leaf.dtype) for i, leaf in enumerate(leaves)]
-    )
-
-
 @functools.cache
 def prepared(name):
     """Returns (adapter, frozen, factors as after some training)."""
@@ -282,7 +274,7 @@ def test_reverse_mode_keeps_no_dense_weight(name):
     def loss(theta):
         return jnp.sum(lift(model)(adapter.attach(frozen, theta), INPUT[:2]) ** 2)
 
-    for leaf in jax.tree.leaves(jax.vjp(jax.jit(loss), theta)[1]):
+    for leaf in kept_by_reverse_mode(loss, theta):
         assert leaf.size < D * F or leaf.dtype in (jnp.uint8, jnp.uint16), (leaf.dtype, leaf.shape)
 
 

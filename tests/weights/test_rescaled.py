@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from memjax import codecs
 from memjax.core.views import Axes, make_axes
 from memjax.weights import Adapted, Dense, LowRank, PackedWeight, Rescaled, lift
-from tests.random_views import array, assert_close, factors
+from tests.random_views import array, assert_close, factors, kept_by_reverse_mode
 
 
 def vectors(w, axes, which=("column", "row")):
@@ -94,8 +94,11 @@ def test_convolutions(groups):
         return y, back(array(8, *y.shape))
 
     base = Dense(w, axes)
-    actual = run(lambda c, r: Rescaled(base, c, r), lift(program))
-    assert_close(actual, run(lambda c, r: w * c * r[..., None], program), 5e-6)
+
+    def both():
+        return run(lambda c, r: Rescaled(base, c, r), lift(program)), run(lambda c, r: w * c * r[..., None], program)
+
+    assert_close(*jax.jit(both)(), 5e-6)
     assert_close(Rescaled(base, column, row).materialize(), w * column * row[..., None])
     with pytest.raises(ValueError, match=r"expected a row of size 1 along the axes of the window, got shape \(3, 3, "):
         lift(program)(Rescaled(base, row=jnp.ones(w.shape[:3])), x)
@@ -114,7 +117,7 @@ def test_low_precision_products_are_scaled_in_float32():
 
 def kept(fn, *trained):
     """Returns the (dtype, shape) of what reverse mode of ``fn`` keeps."""
-    return sorted((leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(jax.vjp(fn, *trained)[1]))
+    return sorted((leaf.dtype.name, leaf.shape) for leaf in kept_by_reverse_mode(fn, *trained))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
