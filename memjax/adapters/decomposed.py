@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memjax import codecs
 from memjax.adapters.adapter import Adapter, Constants, Theta, path_seed
 from memjax.adapters.lora import Lora, check_rank, lora
 from memjax.adapters.stacks import matrix_of, per_matrix
+from memjax.codecs import Codec
 from memjax.core.paths import leaf_paths
 from memjax.core.views import WeightView
 from memjax.weights import Adapted, Anchored, Dense, LowRank, PackedWeight
@@ -23,8 +26,7 @@ class Decomposed(Adapter):
     """W = R + s A B: A and B start as a decomposition of W gives them and are trained, R is frozen.
 
     Trains ``r (d_in + d_out)`` numbers per matrix, and keeps as many constants: the start, from which R is made again
-    when the adapter is loaded, and which makes `as_lora` possible. R has the format of W: a packed weight is decoded,
-    and R packed by the same codec.
+    when the adapter is loaded, and which makes `as_lora` possible.
     """
 
     rank: int | Mapping[str, int]
@@ -34,6 +36,7 @@ class Decomposed(Adapter):
     scaling: str
     axes: Mapping[str, Any]
     dtype: Any
+    residual: str | Codec
 
     anchored = True
 
@@ -78,7 +81,7 @@ class Decomposed(Adapter):
 
     def rebase(self, path: str, base: WeightView, constants: dict[str, jax.Array]) -> WeightView:
         a, b = constants["a0"], constants["b0"]
-        return _less(path, base, LowRank(a, b, self._lora().scale(path, a.shape[-1])))
+        return _less(path, base, LowRank(a, b, self._lora().scale(path, a.shape[-1])), self.residual)
 
     def view(
         self,
@@ -89,6 +92,14 @@ class Decomposed(Adapter):
         key: jax.Array | None,
     ) -> WeightView:
         return self._lora().view(path, base, factors, {}, key)
+
+    def settings(self) -> dict[str, Any]:
+        residual = self.residual
+        if isinstance(residual, Codec):
+            fields = dataclasses.fields(residual)  # type: ignore[arg-type]
+            found = {"codec": type(residual).__name__} | {f.name: getattr(residual, f.name) for f in fields}
+            return super(Decomposed, replace(self, residual="same")).settings() | {"residual": found}
+        return super().settings()
 
     def as_lora(self, frozen: Any, theta: Theta) -> tuple[Lora, Theta]:
         """Returns a LoRA of twice the rank that adds to the original weights what this adapter has learned.
@@ -133,19 +144,38 @@ class Decomposed(Adapter):
         )
 
 
-def _less(path: str, base: WeightView, part: LowRank) -> WeightView:
-    """Returns ``base - part`` in the format of ``base``, made one matrix of a stack at a time."""
+def residual_format(residual: Any) -> str | Codec:
+    """Returns the ``residual=`` argument of a factory as what `Decomposed` holds.
+
+    Args:
+      residual: ``"same"``, ``"dense"``, a codec, or what `Decomposed.settings` makes of a codec.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(residual, Codec) or residual in ("same", "dense"):
+        return residual
+    if not isinstance(residual, Mapping) or "codec" not in residual:
+        raise ValueError(f"residual must be 'same', 'dense' or a codec, got {residual!r}")
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in residual.items()}
+    return getattr(codecs, str(fields.pop("codec")))(**fields)
+
+
+def _less(path: str, base: WeightView, part: LowRank, to: str | Codec) -> WeightView:
+    """Returns ``base - part`` in the format ``to``, made one matrix of a stack at a time."""
     if isinstance(base, Adapted):
-        return replace(base, base=_less(path, base.base, part))
+        return replace(base, base=_less(path, base.base, part, to))
     if not isinstance(base, Dense | PackedWeight):
         raise ValueError(f"{path}: expected a dense or packed weight to split, got {type(base).__name__}")
 
     def residual(view: Any, a: jax.Array, b: jax.Array) -> Any:
         wide = view.astype(jnp.promote_types(view.dtype, jnp.float32))
         rest = wide.materialize() - LowRank(a, b, part.scale).materialize(view.axes)
-        if isinstance(view, PackedWeight):
+        if isinstance(to, Codec):
+            return PackedWeight(to.encode(rest, view.axes.inputs).astype(view.dtype), view.axes)
+        if to == "same" and isinstance(view, PackedWeight):
             packed = view.packed
             return replace(view, packed=packed.codec.encode(rest, packed.axes).astype(packed.dtype))
-        return replace(view, array=rest.astype(view.dtype))
+        return Dense(rest.astype(view.dtype), view.axes)
 
     return per_matrix(residual, base, part.a, part.b)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.adapters.adapter import METHODS, axes_table, float_dtype
-from memjax.adapters.decomposed import Decomposed
+from memjax.adapters.decomposed import Decomposed, residual_format
 from memjax.adapters.lora import lora
+from memjax.codecs import Codec
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,22 @@ def olora(
     scaling: str = "alpha_over_r",
     axes: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
+    residual: str | Codec = "same",
 ) -> Olora:
     """Returns an OLoRA adapter; attach it to the frozen tree that `Olora.prepare` returns.
 
     Args:
       rank, alpha, targets, dropout, scaling, axes, dtype: as in `memjax.adapters.lora`.
+      residual: format of what is frozen: ``"same"`` packs the residual of a packed weight by its own codec and leaves
+        others dense, ``"dense"`` leaves all dense, a codec packs all.
 
     Raises:
       ValueError: settings out of range; names the setting.
     """
     lora(rank, alpha, dropout=dropout, scaling=scaling)
-    return Olora(rank, alpha, targets, dropout, scaling, axes_table(axes), float_dtype(dtype))
+    return Olora(
+        rank, alpha, targets, dropout, scaling, axes_table(axes), float_dtype(dtype), residual_format(residual)
+    )
 
 
 METHODS["olora"] = olora

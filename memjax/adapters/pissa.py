@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.adapters.adapter import METHODS, axes_table, float_dtype
-from memjax.adapters.decomposed import Decomposed
+from memjax.adapters.decomposed import Decomposed, residual_format
 from memjax.adapters.lora import lora
+from memjax.codecs import Codec
 
 OVERSAMPLING = 8
 """Columns that the randomized decomposition draws beyond the rank."""
@@ -49,6 +50,7 @@ def pissa(
     scaling: str = "alpha_over_r",
     axes: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
+    residual: str | Codec = "same",
 ) -> Pissa:
     """Returns a PiSSA adapter; attach it to the frozen tree that `Pissa.prepare` returns.
 
@@ -56,6 +58,9 @@ def pissa(
       rank, alpha, targets, dropout, scaling, axes, dtype: as in `memjax.adapters.lora`.
       niter: None for the exact decomposition, O(d_in d_out min(d_in, d_out)); a number for the randomized one with so
         many subspace iterations, O(d_in d_out r) each (4 is usual).
+      residual: format of what is frozen: ``"same"`` packs the residual of a packed weight by its own codec and leaves
+        others dense, ``"dense"`` leaves all dense, a codec packs all. Packing the residual of a dense weight loses less
+        than packing the weight, since its largest part is in the factors.
 
     Raises:
       ValueError: settings out of range; names the setting.
@@ -63,7 +68,9 @@ def pissa(
     if niter is not None and (not isinstance(niter, int) or niter < 0):
         raise ValueError(f"niter must be None or a number of iterations, got {niter!r}")
     lora(rank, alpha, dropout=dropout, scaling=scaling)
-    return Pissa(rank, alpha, targets, dropout, scaling, axes_table(axes), float_dtype(dtype), niter)
+    return Pissa(
+        rank, alpha, targets, dropout, scaling, axes_table(axes), float_dtype(dtype), residual_format(residual), niter
+    )
 
 
 METHODS["pissa"] = pissa

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.core.views import WeightView
+from memjax.weights.decoded import to_matrix
 
 
 def per_matrix(fn: Callable[..., Any], view: WeightView, *rest: Any) -> Any:
@@ -28,6 +28,4 @@ def per_matrix(fn: Callable[..., Any], view: WeightView, *rest: Any) -> Any:
 
 def matrix_of(view: WeightView) -> jax.Array:
     """Returns the dense ``[d_in, d_out]``, float32 or wider, of a view without batch axes."""
-    dense = view.astype(jnp.promote_types(view.dtype, jnp.float32)).materialize()
-    order = [axis % dense.ndim for axis in (*view.axes.inputs, *view.axes.outputs)]
-    return dense.transpose(order).reshape(math.prod(dense.shape[axis] for axis in view.axes.inputs), -1)
+    return to_matrix(view.astype(jnp.promote_types(view.dtype, jnp.float32)).materialize(), view.axes)

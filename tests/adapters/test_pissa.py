@@ -57,6 +57,26 @@ def test_the_residual_of_a_packed_stack_is_packed_by_the_same_codec():
     assert np.mean(off > 1e-5) < 0.02  # codes at a rounding edge may fall either way
 
 
+def test_the_residual_of_a_dense_weight_packs_better_than_the_weight(tmp_path):
+    params, codec = {"kernel": decaying(0, 64, 32)}, codecs.nf4(block=16)
+    adapter = adapters.pissa(rank=4, residual=codec)
+    frozen, theta = adapter.prepare(jax.random.key(0), params)
+    assert frozen["kernel"].base.packed.codec == codec
+    start = np.asarray(frozen["kernel"].base.materialize()) + product(theta["kernel"])
+    off = [float(np.linalg.norm(w - params["kernel"])) for w in (start, codec.encode(params["kernel"]).decode())]
+    assert off[0] < 0.2 * off[1]
+    adapter.save(tmp_path, theta, frozen)
+    again, loaded, _ = adapters.load(tmp_path, params)
+    assert again == adapter
+    jax.tree.map(np.testing.assert_array_equal, loaded, frozen)
+    packed = weights.quantize(params, codec)
+    dense, theta = adapters.pissa(rank=4, residual="dense").prepare(jax.random.key(0), packed)
+    restored = np.asarray(dense["kernel"].base.array) + product(theta["kernel"])
+    assert_close(restored, packed["kernel"].materialize())
+    with pytest.raises(ValueError, match="residual must be 'same', 'dense' or a codec, got 'int4'"):
+        adapters.pissa(residual="int4")
+
+
 def test_axes_and_dtype_of_a_heads_kernel():
     params = {"kernel": array(0, 2, 6, 8, dtype=jnp.bfloat16)}
     adapter = adapters.pissa(rank=3, axes={"kernel": ((0, 1), 2)})
