@@ -51,3 +51,17 @@ def assert_close(actual, expected, tolerance: float = 2e-6) -> None:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * largest)
 
     jax.tree.map(check, actual, expected)
+
+
+def moved(theta, size: float = 0.2):
+    """Returns trained factors as after some training: with random numbers added to every leaf."""
+    leaves, tree = jax.tree.flatten(theta)
+    added = [np.random.default_rng(100 + i).standard_normal(leaf.shape) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(np.asarray(leaf) + size * more, leaf.dtype) for leaf, more in zip(leaves, added)]
+    )
+
+
+def kept_by_reverse_mode(fn: Callable[..., jax.Array], *trained) -> list[jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of everything that the gradient of ``fn`` keeps from the forward pass; runs nothing."""
+    return jax.tree.leaves(jax.eval_shape(lambda *trained: jax.vjp(fn, *trained)[1], *trained))

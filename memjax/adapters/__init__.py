@@ -1,40 +1,61 @@
 """Adapters: few trained numbers that change a frozen model. One file per method."""
 
 from memjax.adapters.adapter import Adapter, AdapterBytes, MergeError, load
+from memjax.adapters.bias_only import BiasOnly, bias_only
 from memjax.adapters.conv_bn import conv_bn_tune, fold_bn
+from memjax.adapters.dora import Dora, dora
+from memjax.adapters.ia3 import Ia3, ia3
 from memjax.adapters.labels import by_label, labels, lora_plus
 from memjax.adapters.lora import Lora, lora
+from memjax.adapters.lora_fa import LoraFa, lora_fa, lora_fa_correction
 from memjax.adapters.lrec import TeacherTopK, act_rms, distill_loss, lrec_init, teacher_topk
 from memjax.adapters.masks import cubic, gradual, masked_updates, pack_mask, prune, unpack_mask
+from memjax.adapters.olora import Olora, olora
+from memjax.adapters.pissa import Pissa, pissa
 from memjax.adapters.prompt import Prompt, prepend, prompt
 from memjax.adapters.side import Side, side
 from memjax.adapters.squarehead import distillation_kl, distillation_loss, paired_blocks, squarehead
+from memjax.adapters.vera import Vera, vera
 
 __all__ = [
     "Adapter",
     "AdapterBytes",
+    "BiasOnly",
+    "Dora",
+    "Ia3",
     "Lora",
+    "LoraFa",
     "MergeError",
+    "Olora",
+    "Pissa",
     "Prompt",
     "Side",
     "TeacherTopK",
+    "Vera",
     "act_rms",
+    "bias_only",
     "by_label",
     "conv_bn_tune",
     "cubic",
     "distill_loss",
     "distillation_kl",
     "distillation_loss",
+    "dora",
     "fold_bn",
     "gradual",
+    "ia3",
     "labels",
     "load",
     "lora",
+    "lora_fa",
+    "lora_fa_correction",
     "lora_plus",
     "lrec_init",
     "masked_updates",
+    "olora",
     "pack_mask",
     "paired_blocks",
+    "pissa",
     "prepend",
     "prompt",
     "prune",
@@ -42,4 +63,5 @@ __all__ = [
     "squarehead",
     "teacher_topk",
     "unpack_mask",
+    "vera",
 ]

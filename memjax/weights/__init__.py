@@ -14,6 +14,7 @@ from memjax.weights.lift import lift
 from memjax.weights.nm_sparse import NMSparse
 from memjax.weights.packed import PackedWeight
 from memjax.weights.quantize import LeafReport, Report, astype, axes_of, infer_axes, quantize, report, sharding
+from memjax.weights.rescaled import Rescaled
 from memjax.weights.sparsify import sparsify
 from memjax.weights.tiled_csl import TiledCSL
 
@@ -34,6 +35,7 @@ __all__ = [
     "NMSparse",
     "PackedWeight",
     "Report",
+    "Rescaled",
     "TiledCSL",
     "WeightView",
     "astype",
