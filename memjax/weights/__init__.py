@@ -8,6 +8,7 @@ from memjax.weights.io import load, save
 from memjax.weights.lift import lift
 from memjax.weights.packed import PackedWeight
 from memjax.weights.quantize import LeafReport, Report, astype, axes_of, infer_axes, quantize, report, sharding
+from memjax.weights.rescaled import Rescaled
 
 __all__ = [
     "Adapted",
@@ -19,6 +20,7 @@ __all__ = [
     "LowRank",
     "PackedWeight",
     "Report",
+    "Rescaled",
     "WeightView",
     "astype",
     "axes_of",
