@@ -259,6 +259,10 @@ class Adapter(abc.ABC):
         with replacing(folder / "adapter.json") as file:
             file.write_text(json.dumps({"format": FORMAT, "method": self.method} | self.settings(), indent=2))
 
+    def restored(self, folder: Path) -> Adapter:
+        """Returns the adapter with what its own `save` wrote beside the settings; most write nothing."""
+        return self
+
     def _targets(self, params: Any) -> list[str]:
         """Returns the paths that the method adapts; checks that every pattern of its settings matches something."""
         patterns = [self.targets] if isinstance(self.targets, str) else list(self.targets)
@@ -319,7 +323,7 @@ def load(folder: str | os.PathLike[str], params: Any) -> tuple[Adapter, Any, The
         settings = json.loads((folder / "adapter.json").read_text())
         if settings.pop("format", None) != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}")
-        adapter = METHODS[settings.pop("method")](**settings)
+        adapter = METHODS[settings.pop("method")](**settings).restored(folder)
         theta = _read(folder / "adapter.safetensors")
         constants = {}
         if adapter.anchored:
@@ -429,3 +433,17 @@ def float_dtype(dtype: Any) -> Any:
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"dtype must be floating point, got {dtype}")
     return jnp.dtype(dtype)
+
+
+def bias_of(path: str) -> str:
+    """Returns the path of the bias that lies beside a weight, if the model has it."""
+    return (path.rpartition("/")[0] + "/bias").lstrip("/")
+
+
+def check_vector(path: str, base: WeightView, name: str, vector: jax.Array, group: tuple[int, ...]) -> None:
+    """Raises a ValueError unless ``vector`` has the batch axes and the axes ``group`` of ``base``."""
+    wanted = (*base.shape[: base.batch_ndim], *(base.shape[axis] for axis in group))
+    if tuple(vector.shape) != wanted:
+        raise ValueError(
+            f"{path}: expected {name} of shape {wanted} for a weight of shape {base.shape}, got {tuple(vector.shape)}"
+        )

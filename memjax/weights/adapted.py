@@ -67,7 +67,7 @@ class LowRank(Delta):
     def dot(self, x: jax.Array, axes: Axes, *, transpose: bool, dtype: Any, **settings: Any) -> jax.Array:
         n = self._batch_ndim(axes)
         if self.key is not None and self.dropout and not transpose:
-            x = _drop(x, self.key, self.dropout, n)
+            x = drop(x, self.key, self.dropout, n)
         a_axes = tuple(range(-1 - len(axes.inputs), -1))
         b_axes = tuple(range(-len(axes.outputs), 0))
         if transpose:
@@ -131,8 +131,15 @@ class LowRank(Delta):
         return replace(self, **specs)
 
 
-def _drop(x: jax.Array, key: jax.Array, rate: float, batch_ndim: int) -> jax.Array:
-    """Drops elements of ``x`` and scales the rest by 1 / (1 - rate); one key per batch index."""
+def drop(x: jax.Array, key: jax.Array, rate: float, batch_ndim: int) -> jax.Array:
+    """Drops elements of ``x`` and scales the rest by 1 / (1 - rate).
+
+    Args:
+      x: ``[*batch, ...]``.
+      key: uint32 ``[*batch, 2]`` key words.
+      rate: probability of dropping an element.
+      batch_ndim: number of batch axes.
+    """
 
     def one(x: jax.Array, key: jax.Array) -> jax.Array:
         keep = jax.random.bernoulli(jax.random.wrap_key_data(key, impl="threefry2x32"), 1 - rate, x.shape)
