@@ -51,7 +51,7 @@ class Decomposed(Adapter):
         """Returns the factors of the decomposition, twice: as what is trained and as what stays.
 
         Returns:
-          Logical path -> ``{"a": [*batch, *inputs, r], "b": [*batch, r, *outputs]}``, and the same under ``a0``, ``b0``.
+          Logical path -> ``{"a": [*batch, *inputs, r], "b": [*batch, r, *outputs]}``, and the same as ``a0``, ``b0``.
 
         Raises:
           ValueError: a pattern that matches nothing, a rank above the matrix's, a scale that is not positive.

@@ -112,8 +112,8 @@ class SharedLowRank(Delta):
     shared: Given | Drawn
     inputs: tuple[int, ...]
     d_out: int
-    dropout: float = 0.0
-    key: jax.Array | None = None
+    dropout: float
+    key: jax.Array | None
 
     def dot(self, x: jax.Array, axes: Axes, *, transpose: bool, dtype: Any, **settings: Any) -> jax.Array:
         if transpose:
@@ -171,8 +171,8 @@ class SharedLowRank(Delta):
     def _check(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
         if inputs != self.inputs or math.prod(outputs) != self.d_out:
             raise ValueError(
-                f"the shared matrices of VeRA are drawn for the whole weight of {math.prod(self.inputs)} x {self.d_out}; "
-                f"a shard of {math.prod(inputs)} x {math.prod(outputs)} inside shard_map cannot use them"
+                f"the shared matrices of VeRA belong to the whole weight of {math.prod(self.inputs)} x {self.d_out}; a "
+                f"shard of {math.prod(inputs)} x {math.prod(outputs)} inside shard_map cannot use them"
             )
 
 
@@ -188,7 +188,7 @@ class Vera(Adapter):
     rank: int
     targets: str | Sequence[str]
     seed: int | None
-    shared: Given | None
+    shared: Given | Drawn | None
     d_initial: float
     dropout: float
     axes: Mapping[str, Any]
@@ -229,6 +229,7 @@ class Vera(Adapter):
         inputs = tuple(base.shape[axis] for axis in base.axes.inputs)
         d_out = math.prod(base.shape[axis] for axis in base.axes.outputs)
         self._check_fits(path, math.prod(inputs), d_out)
+        assert self.shared is not None  # `attach` fills it in
         words = key if self.dropout else None
         return adapted(base, SharedLowRank(d, b, self.shared, inputs, d_out, self.dropout, words))
 
@@ -294,8 +295,8 @@ def vera(
       rank: r.
       targets: pattern(s) of the weights to adapt.
       seed: of the shared matrices, at most 2**62.
-      shared: concrete arrays A ``[d_in or more, r]`` and B ``[r, d_out or more]`` in place of those of the seed; weights
-        use the leading rows of A and the leading columns of B.
+      shared: concrete arrays A ``[d_in or more, r]`` and B ``[r, d_out or more]`` in place of those of the seed;
+        weights use the leading rows of A and the leading columns of B.
       d_initial: start of d.
       dropout: probability with which an input element of the delta is dropped, where attach gets a key.
       axes: pattern -> (input axes, output axes) for weights that are not ``[*batch, in, out]``.
