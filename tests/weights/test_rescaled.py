@@ -103,7 +103,7 @@ def test_convolutions(groups):
 
 def test_low_precision_products_are_scaled_in_float32():
     w, x = array(0, 16, 8, dtype=jnp.bfloat16), array(1, 32, 16, dtype=jnp.bfloat16)
-    column = jnp.full(8, 1 + 2.0**-8)  # rounds to 1 in bfloat16
+    column = jnp.full(8, 1 + 2.0**-8, jnp.float32)  # rounds to 1 in bfloat16
     y = lift(lambda w, x: x @ w)(Rescaled(Dense(w, Axes()), column), x)
     plain = x @ w
     assert y.dtype == jnp.bfloat16
