@@ -114,7 +114,8 @@ def _squares(view: WeightView) -> jax.Array:
 
 
 def _root(squares: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+    root = jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+    return lax.optimization_barrier(root)  # else XLA divides by it as a product with rsqrt, and m / n is not 1 at start
 
 
 def _norms(base: WeightView, a: jax.Array, b: jax.Array, squares: jax.Array, *, scale: float) -> jax.Array:

@@ -39,10 +39,10 @@ def test_the_randomized_decomposition_is_close_where_the_spectrum_decays():
     params = {"kernel": decaying(0, 32, 24)}
     exact, fast = (adapters.pissa(rank=4, niter=niter).init(jax.random.key(0), params) for niter in (None, 2))
     assert_close(product(fast["kernel"]), product(exact["kernel"]), 1e-4)
-    none = adapters.pissa(rank=4, niter=0).init(jax.random.key(0), {"kernel": array(0, 32, 24)})["kernel"]
-    best = adapters.pissa(rank=4).init(jax.random.key(0), {"kernel": array(0, 32, 24)})["kernel"]
-    left = [float(jnp.linalg.norm(array(0, 32, 24) - product(f))) for f in (best, none)]
-    assert left[0] < left[1] < float(jnp.linalg.norm(array(0, 32, 24)))  # not the best, but of use
+    w = array(0, 32, 24)
+    rough = adapters.pissa(rank=4, niter=0).init(jax.random.key(0), {"kernel": w})
+    best = float(jnp.linalg.norm(np.linalg.svd(w, compute_uv=False)[4:]))
+    assert 1.01 * best < float(jnp.linalg.norm(w - product(rough["kernel"]))) < float(jnp.linalg.norm(w))
 
 
 def test_the_residual_of_a_packed_stack_is_packed_by_the_same_codec():
