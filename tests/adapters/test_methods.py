@@ -156,6 +156,29 @@ def bias_tree(tree, theta):
     return tree
 
 
+def lamda_weight(w, f, c):
+    return w + 2 * c["a"] @ (f["s"] @ f["b"] - c["start"])
+
+
+def snell_weight(w, f, c, kernel, keep):
+    """Returns w plus the largest entries of D_0 - D_1, of the distance matrices of both heads."""
+    points = (f[name].swapaxes(0, -3) for name in "pq")  # [heads, *batch, d, k]
+    p, q = (x if w.ndim == 3 else x.reshape(2, *x.shape[-2:]) for x in points)
+    delta = kernel(p[0], q[0]) - kernel(p[1], q[1])
+    if "mix" in f:
+        a, g, b = jnp.moveaxis(f["mix"], -1, 0)[..., None, None]
+        delta = delta + a * jax.nn.softmax(delta / g, axis=-1) + b
+    size = w.shape[-1] * w.shape[-2]
+    magnitude = lax.stop_gradient(jnp.abs(delta))
+    bar = jnp.sort(magnitude.reshape(*w.shape[:-2], size))[..., size - math.ceil(keep * size), None, None]
+    delta = jnp.where(magnitude >= bar, delta, 0)
+    return w + (delta * f["gate"][..., None, None] if "gate" in f else delta)
+
+
+def squares(p, q):
+    return jnp.sum((p[..., :, None, :] - q[..., None, :, :]) ** 2, -1)
+
+
 LOW_RANK = {"rank": RANK, "alpha": 4, "targets": ALL}
 METHODS = {
     "lora": Method(functools.partial(adapters.lora, **LOW_RANK), low_rank, weight=plus_product),
@@ -181,6 +204,30 @@ METHODS = {
         lambda path, n, d_in, d_out: n * RANK * d_out,
         lambda path, n, d_in, d_out: n * RANK * d_in,
         weight=lambda w, f, c: w + 2 * c["a"] @ f["b"],
+    ),
+    "lamda": Method(
+        functools.partial(adapters.lamda, **LOW_RANK),
+        lambda path, n, d_in, d_out: n * (RANK**2 + RANK * d_out),
+        low_rank,
+        weight=lamda_weight,
+    ),
+    "ce_ssl": Method(
+        functools.partial(adapters.ce_ssl, **LOW_RANK, deactivation=0.25),
+        low_rank,
+        weight=lambda w, f, c: w + 0.75 * 2 * f["a"] @ f["b"],
+    ),
+    "snell": Method(
+        functools.partial(adapters.snell, RANK, keep=0.3, scale=1.0, targets=ALL),
+        low_rank,
+        lambda path, n, d_in, d_out: n,
+        weight=functools.partial(snell_weight, kernel=lambda p, q: jnp.sqrt(squares(p, q)), keep=0.3),
+        starts_as_base=False,
+    ),
+    "snella": Method(
+        functools.partial(adapters.snella, RANK, "rbf", 0.6, scale=1.0, targets=ALL, zero_init=True),
+        lambda path, n, d_in, d_out: n * (RANK * (d_in + d_out) + 4),
+        lambda path, n, d_in, d_out: n,
+        weight=functools.partial(snell_weight, kernel=lambda p, q: jnp.exp(-squares(p, q)), keep=0.6),
     ),
     "ia3": Method(
         functools.partial(adapters.ia3, targets="**/{k,down}_proj/kernel"),
@@ -340,7 +387,7 @@ def test_partition_specs_fit_the_leaves(name):
 def test_factors_that_do_not_fit_raise(name):
     adapter, frozen, theta = prepared(name)
     path = next(path for path in theta if path in KERNELS)
-    factor, value = next(iter(theta[path].items()))
+    factor, value = next((name, value) for name, value in theta[path].items() if value.ndim)
     with pytest.raises(ValueError, match=rf"{path}: expected .*{factor}"):
         adapter.attach(frozen, {path: {"surprise": value}})
     with pytest.raises(ValueError, match=rf"{path}: expected .*\(1,"):
