@@ -5,6 +5,7 @@ row to `METHODS`.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
