@@ -161,23 +161,17 @@ def lamda_weight(w, f, c):
     return w + 2 * c["a"] @ (f["s"] @ f["b"] - c["start"])
 
 
-def snell_weight(w, f, c, kernel, keep):
-    """Returns w plus the largest entries of D_0 - D_1, of the distance matrices of both heads."""
-    points = (f[name].swapaxes(0, -3) for name in "pq")  # [heads, *batch, d, k]
-    p, q = (x if w.ndim == 3 else x.reshape(2, *x.shape[-2:]) for x in points)
-    delta = kernel(p[0], q[0]) - kernel(p[1], q[1])
-    if "mix" in f:
-        a, g, b = jnp.moveaxis(f["mix"], -1, 0)[..., None, None]
-        delta = delta + a * jax.nn.softmax(delta / g, axis=-1) + b
-    size = w.shape[-1] * w.shape[-2]
-    magnitude = lax.stop_gradient(jnp.abs(delta))
-    bar = jnp.sort(magnitude.reshape(*w.shape[:-2], size))[..., size - math.ceil(keep * size), None, None]
-    delta = jnp.where(magnitude >= bar, delta, 0)
-    return w + (delta * f["gate"][..., None, None] if "gate" in f else delta)
+def snell_weight(w, f, c):
+    """Returns w plus the largest 30 % of the entries of D_0 - D_1, the distance matrices of both heads."""
 
+    def distances(h):
+        p, q = (f[name].reshape(-1, 2, *f[name].shape[-2:])[:, h] for name in "pq")
+        return jnp.sqrt(jnp.sum((p[:, :, None, :] - q[:, None, :, :]) ** 2, -1))
 
-def squares(p, q):
-    return jnp.sum((p[..., :, None, :] - q[..., None, :, :]) ** 2, -1)
+    delta = distances(0) - distances(1)
+    magnitude = lax.stop_gradient(jnp.abs(delta)).reshape(len(delta), -1)
+    bar = jnp.sort(magnitude)[:, -math.ceil(0.3 * magnitude.shape[1]), None]
+    return w + jnp.where(magnitude >= bar, delta.reshape(magnitude.shape), 0).reshape(w.shape)
 
 
 LOW_RANK = {"rank": RANK, "alpha": 4, "targets": ALL}
@@ -221,14 +215,8 @@ METHODS = {
         functools.partial(adapters.snell, RANK, keep=0.3, scale=1.0, targets=ALL),
         low_rank,
         lambda path, n, d_in, d_out: n,
-        weight=functools.partial(snell_weight, kernel=lambda p, q: jnp.sqrt(squares(p, q)), keep=0.3),
+        weight=snell_weight,
         starts_as_base=False,
-    ),
-    "snella": Method(
-        functools.partial(adapters.snella, RANK, "rbf", 0.6, scale=1.0, targets=ALL, zero_init=True),
-        lambda path, n, d_in, d_out: n * (RANK * (d_in + d_out) + 4),
-        lambda path, n, d_in, d_out: n,
-        weight=functools.partial(snell_weight, kernel=lambda p, q: jnp.exp(-squares(p, q)), keep=0.6),
     ),
     "ia3": Method(
         functools.partial(adapters.ia3, targets="**/{k,down}_proj/kernel"),

@@ -96,6 +96,12 @@ def test_values_and_gradients_equal_the_dense_formula(case):
         assert all(np.any(leaf) for leaf in jax.tree.leaves(actual))
 
 
+def test_a_gated_adapter_starts_as_the_base():
+    adapter = snell(4, zero_init=True, targets="w")
+    frozen, theta = adapter.prepare(jax.random.key(0), {"w": array(0, N, M)})
+    np.testing.assert_array_equal(adapter.attach(frozen, theta)["w"].materialize(), array(0, N, M))
+
+
 def test_equal_points_have_no_derivative():
     adapter = snell(4, keep=1, heads=1, targets="w")
     frozen, theta = prepared(adapter)
