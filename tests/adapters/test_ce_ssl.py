@@ -13,7 +13,7 @@ from memjax import adapters, codecs, weights
 from memjax.adapters import AdapterBytes, ce_ssl, concat_batches, cutmix, plan_ranks_one_shot
 from memjax.core.paths import leaf_paths
 from memjax.weights import lift
-from tests.adapters.small import QUICKLY, X, gradients, model, moved, outputs, params
+from tests.adapters.small import QUICKLY, X, gradients, model, moved, params
 from tests.random_views import array, assert_close
 
 KEYS = [jax.random.key(i) for i in range(3)]
@@ -49,16 +49,10 @@ def test_each_layer_is_there_or_not():
     on = coins(views)
     assert set(on) == {False, True} and on.size == 5
     np.testing.assert_array_equal(on, coins(adapter.attach(params(), theta, KEYS[1])))
-    dense = {}
     for path, leaf in leaf_paths(views):
         there = jnp.asarray(leaf.deltas[0].on)[..., None, None]
-        dense[path] = leaf.base.array + there * theta[path]["a"] @ theta[path]["b"]
-        assert_close(leaf.materialize(), dense[path], 2e-6)
-    tree = {
-        "layers": {name: {"kernel": dense[f"layers/{name}/kernel"]} for name in ("up", "down")},
-        "head": {"kernel": dense["head/kernel"]},
-    }
-    assert_close(outputs(views), outputs(tree), 2e-6)
+        dense = leaf.base.array + there * theta[path]["a"] @ theta[path]["b"]
+        assert_close(leaf.materialize(), dense, 2e-6)
     grads = gradients(adapter, params(), theta, KEYS[1])
     learns = np.concatenate([np.ravel(np.any(grads[path]["b"], (-2, -1))) for path, _ in leaf_paths(views)])
     np.testing.assert_array_equal(learns, on)
@@ -105,17 +99,18 @@ def test_a_layer_that_rests_does_no_work():
 
 
 def test_under_shard_map_layers_rest_together():
-    adapter, theta = ce_ssl(3, deactivation=0.5), factors()
+    adapter, frozen = ce_ssl(3, deactivation=0.5, targets="w"), {"w": params()["layers"]["up"]["kernel"]}
+    theta = {"w": factors()["layers/up/kernel"]}
+    assert set(coins(adapter.attach(frozen, theta, KEYS[0]))) == {False, True}
 
-    def grads(theta, x):
-        def loss(theta, x):
-            return jnp.sum(jnp.sin(lift(model)(adapter.attach(params(), theta, KEYS[1]), x)))
-
-        return jax.grad(loss, (0, 1))(theta, x)
+    def loss(theta, x):
+        apply = lift(lambda p, x: lax.map(lambda w: jnp.sin(x @ w), p["w"]))
+        return jnp.sum(apply(adapter.attach(frozen, theta, KEYS[0]), x))
 
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    sharded = jax.shard_map(grads, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=(spec(), spec("data")))
+    grads, specs = jax.grad(loss, (0, 1)), (spec(), spec("data"))
+    sharded = jax.shard_map(grads, mesh=mesh, in_specs=specs, out_specs=specs)
     quickly = functools.partial(jax.jit, compiler_options=QUICKLY)
     assert_close(quickly(sharded)(theta, X), quickly(grads)(theta, X), 5e-6)
 
@@ -256,7 +251,7 @@ def test_cutmix_moves_one_stretch_and_its_share_of_the_label():
     x = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32)[:, None, None], (n, time, 2))
     y = jnp.eye(n)
     run, shares = jax.jit(cutmix), []
-    for seed in range(40):
+    for seed in range(15):
         mixed, labels = run(jax.random.key(seed), x, y)
         mixed, labels = np.asarray(mixed), np.asarray(labels)
         foreign = mixed != np.asarray(x)

@@ -75,13 +75,13 @@ def test_frozen_rows_change_neither_values_nor_gradients(rows):
             assert set(factors) == {"s"}
 
 
-def test_lookups_and_convolutions_use_the_delta():
+def test_lookups_transposes_and_convolutions_use_the_delta():
     tree = {"embedding": array(0, 12, 8), "kernel": array(1, 3, 8, 6)}
 
     def apply(p, tokens):
-        return lax.conv_general_dilated(
-            p["embedding"][tokens], p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-        )
+        x = p["embedding"][tokens]
+        y = lax.conv_general_dilated(x, p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return y, x @ p["embedding"].T
 
     tokens = jnp.array([[1, 5, 5, 0]])
     adapter = lamda(3, targets="*", axes=weights.infer_axes(apply, tree, tokens))

@@ -12,7 +12,7 @@ from memjax.adapters import AdapterBytes, mos
 from memjax.core.bytes import nbytes
 from memjax.core.paths import leaf_paths, map_with_path
 from memjax.weights import Anchored, lift
-from tests.adapters.small import QUICKLY, X, constants_of, gradients, model, moved, outputs, params
+from tests.adapters.small import QUICKLY, X, constants_of, model, moved, outputs, params
 from tests.random_views import array, assert_close
 
 R, E, P, L = 6, 3, 1, 2
@@ -43,35 +43,44 @@ def pool_of(theta, frozen, path):
 
 
 @pytest.mark.smoke
-def test_values_and_gradients_equal_explicit_concatenation():
+def test_factors_and_gradients_equal_explicit_concatenation():
     adapter, frozen, theta = prepared()
-    assert_close(outputs(adapter.attach(frozen, theta)), outputs(params()), 1e-6)  # a fresh adapter changes nothing
+    views = dict(leaf_paths(adapter.attach(frozen, theta)))
+    assert not any(np.any(view.deltas[0].b) for view in views.values())  # a fresh adapter changes nothing
     theta, lora = moved(theta), adapters.lora(R, alpha=12)
-    factors = explicit(frozen, theta)
-    assert_close(outputs(adapter.attach(frozen, theta)), outputs(lora.attach(params(), factors)), 5e-6)
-    assert_close(adapter.merge(frozen, theta)[0], lora.merge(params(), factors)[0], 2e-6)
+    expected = lora.attach(params(), explicit(frozen, theta))
+    jax.tree.map(np.testing.assert_array_equal, adapter.attach(frozen, theta), expected)
+    assert_close(adapter.merge(frozen, theta)[0], lora.merge(params(), explicit(frozen, theta))[0])
 
-    expected = jax.tree.map(np.zeros_like, jax.tree.map(np.asarray, theta))
-    for path, by_layer in gradients(lora, params(), factors).items():
-        for name, vectors in (("a", np.swapaxes(by_layer["a"], -1, -2)), ("b", by_layer["b"])):
-            index = np.asarray(constants_of(frozen)[path][f"{name}_index"])
-            for i, shard in zip(index.reshape(-1), np.reshape(vectors, (index.size, -1))):
-                pool_of(expected, frozen, path)[name][i] += shard
-    assert_close(gradients(adapter, frozen, theta), expected, 5e-6)
+    def factors(theta):
+        return {path: view.deltas[0] for path, view in leaf_paths(adapter.attach(frozen, theta))}
+
+    by_layer = moved(jax.tree.map(jnp.zeros_like, factors(theta)), 1.0)
+    (actual,) = jax.vjp(factors, theta)[1](by_layer)
+    sums = jax.tree.map(lambda x: np.zeros(x.shape), theta)
+    for path, indices in constants_of(frozen).items():
+        for name, vectors in (("a", np.swapaxes(by_layer[path].a, -1, -2)), ("b", np.asarray(by_layer[path].b))):
+            index = np.asarray(indices[f"{name}_index"])
+            for i, shard in zip(index.reshape(-1), vectors.reshape(index.size, -1)):
+                pool_of(sums, frozen, path)[name][i] += shard
+    assert_close(actual, sums)
 
 
-def test_shard_map_sums_the_pools_gradients():
+def test_scan_and_shard_map():
+    """Data parallelism over 2 devices gives the gradient of one, and merged weights compute what attached ones do."""
     adapter, frozen, theta = prepared()
     theta = moved(theta)
 
-    def grads(theta, x):
-        return jax.grad(lambda theta: jnp.sum(jnp.sin(lift(model)(adapter.attach(frozen, theta), x))))(theta)
+    def loss(theta, x):
+        return jnp.sum(jnp.sin(lift(model)(adapter.attach(frozen, theta), x)))
 
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    sharded = jax.shard_map(grads, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+    sharded = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
     quickly = functools.partial(jax.jit, compiler_options=QUICKLY)
-    assert_close(quickly(sharded)(theta, X), quickly(grads)(theta, X), 5e-6)
+    value, grads = quickly(jax.value_and_grad(loss))(theta, X)
+    assert_close(quickly(sharded)(theta, X), grads, 5e-6)
+    assert_close(value, jnp.sum(jnp.sin(outputs(adapter.merge(frozen, theta)[0]))), 1e-5)
 
 
 def test_bytes_equal_the_formula():
