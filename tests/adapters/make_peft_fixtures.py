@@ -4,7 +4,7 @@ Not run by the tests: it needs torch, transformers and peft, which memjax does n
 
 - ``python tests/adapters/make_peft_fixtures.py`` writes the fixtures: per adapter what ``save_pretrained`` writes and
   ``reference.safetensors`` with the logits that peft computes in float32 for the tokens in ``tokens.safetensors``.
-- ``python tests/adapters/write_for_peft.py DIR`` (in memjax's environment) writes adapters and logits to ``DIR``, and
+- ``python -m tests.adapters.write_for_peft DIR`` (in memjax's environment) writes adapters and logits to ``DIR``, and
   ``python tests/adapters/make_peft_fixtures.py --check DIR`` loads them with peft and compares. The output of the last
   check is kept in ``tests/adapters/peft/written_by_memjax.txt``.
 """
