@@ -15,6 +15,7 @@ from memjax.adapters.pissa import Pissa, pissa
 from memjax.adapters.prompt import Prompt, prepend, prompt
 from memjax.adapters.side import Side, side
 from memjax.adapters.squarehead import distillation_kl, distillation_loss, paired_blocks, squarehead
+from memjax.adapters.stack import PerRow, attach_stack, average, compose, stack
 from memjax.adapters.vera import Vera, vera
 
 __all__ = [
@@ -27,14 +28,18 @@ __all__ = [
     "LoraFa",
     "MergeError",
     "Olora",
+    "PerRow",
     "Pissa",
     "Prompt",
     "Side",
     "TeacherTopK",
     "Vera",
     "act_rms",
+    "attach_stack",
+    "average",
     "bias_only",
     "by_label",
+    "compose",
     "conv_bn_tune",
     "cubic",
     "distill_loss",
@@ -61,6 +66,7 @@ __all__ = [
     "prune",
     "side",
     "squarehead",
+    "stack",
     "teacher_topk",
     "unpack_mask",
     "vera",

@@ -23,6 +23,7 @@ import numpy as np
 
 from memjax import adapters
 from memjax.adapters.adapter import Theta
+from memjax.adapters.stack import low_rank
 from memjax.core.files import replacing
 from memjax.core.paths import leaf_paths
 from memjax.core.views import Axes, is_view
@@ -30,7 +31,6 @@ from memjax.models import bert, llama
 from memjax.models.layers import Source
 from memjax.models.model import Config, Model
 from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
-from memjax.weights import Adapted, LowRank
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -143,7 +143,7 @@ def save_peft(
     ranks, alphas, tensors = {}, {}, {}
     rslora = getattr(adapter, "scaling", None) == "rslora"
     for path in theta:
-        delta = _low_rank(path, attached[path], before[path], adapter.method)
+        delta = low_rank(path, attached[path], before[path], adapter.method)
         ranks[path] = delta.a.shape[-1]
         alphas[path] = delta.scale * (math.sqrt(ranks[path]) if rslora else ranks[path])
         a, b = np.asarray(delta.a, np.float32), np.asarray(delta.b, np.float32)
@@ -308,17 +308,6 @@ def _padded(x: np.ndarray, axis: int, size: int) -> np.ndarray:
 def _one_or_table(values: dict[str, Any]) -> Any:
     """Returns the value that all paths share, or the table."""
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
-
-
-def _low_rank(path: str, view: Any, before: Any, method: str) -> LowRank:
-    if isinstance(view, Adapted) and len(view.deltas) == 1 and isinstance(view.deltas[0], LowRank):
-        base = view.base if is_view(before) else getattr(view.base, "array", None)
-        if base is before:
-            return view.deltas[0]
-    raise ValueError(
-        f"{path}: {method} is not the frozen weight plus one low-rank product, so peft has no counterpart of it; "
-        "merge it into the weights instead"
-    )
 
 
 def _short_names(theta: Theta, sources: Mapping[str, Source], leaves: Mapping[str, Any]) -> dict[str, list[str]]:
