@@ -6,6 +6,7 @@ import pytest
 import memjax as mj
 from memjax.adapters import attach_stack, average, compose, lora, stack
 from memjax.codecs import int8
+from memjax.core.paths import leaf_paths, map_with_path
 from tests.adapters.peft_fixtures import base
 
 D, F = 8, 12
@@ -13,14 +14,13 @@ D, F = 8, 12
 
 def trained(adapter, params, seed):
     """Returns (adapter, frozen, theta) with random factors."""
-    frozen, theta = adapter.prepare(jax.random.key(seed), params)
-    leaves, tree = jax.tree.flatten(theta)
-    keys = jax.random.split(jax.random.key(seed + 50), len(leaves))
-    return adapter, frozen, jax.tree.unflatten(tree, [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+    shapes = jax.eval_shape(adapter.start, jax.random.key(0), params)[0]
+    random = np.random.default_rng(seed)
+    return adapter, params, jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
 
 
 def matrix(seed=0, shape=(D, F)):
-    return {"w": {"kernel": jax.random.normal(jax.random.key(seed), shape)}}
+    return {"w": {"kernel": jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)}}
 
 
 def three(params, **settings):
@@ -31,12 +31,14 @@ def three(params, **settings):
     ]
 
 
-def alone(fn, params, adapters, i, x):
-    """The reference: ``fn`` with adapter ``i``, or with the base for -1."""
-    if i < 0:
-        return mj.lift(fn)(params, x)
-    adapter, frozen, theta = adapters[i]
-    return mj.lift(fn)(adapter.attach(frozen, theta), x)
+def dense(params, adapters, path):
+    """Returns ``[n + 1, ...]``: the weight with each adapter, and at -1 without one."""
+    w = np.asarray(dict(leaf_paths(params))[path])
+    out = []
+    for adapter, _, theta in adapters:
+        a, b = (np.asarray(theta[path][name]) for name in "ab")
+        out.append(w + adapter.scale(path, a.shape[-1]) * (a @ b if w.ndim < 4 else np.tensordot(a, b, 1)))
+    return np.stack([*out, w])
 
 
 def product(params, x):
@@ -53,20 +55,22 @@ def product(params, x):
         ([-1] * 12, (2,)),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_row_has_its_adapter(index, rows, packed):
+def test_every_row_has_its_adapter(index, rows):
     params = matrix()
-    if packed:
-        params = mj.weights.quantize(params, int8(group=8))
     adapters = three(params)
     stacked = stack(params, adapters)
-    x = jax.random.normal(jax.random.key(9), (len(index), *rows, D))
+    x = np.random.default_rng(9).normal(size=(len(index), *rows, D)).astype(np.float32)
 
-    def run(stacked, x, index):
+    @jax.jit
+    def run(params, stacked, x, index):
         return mj.lift(product)(attach_stack(params, stacked, index), x)
 
-    expected = jnp.stack([alone(product, params, adapters, i, row) for i, row in zip(index, x)])
-    np.testing.assert_allclose(jax.jit(run)(stacked, x, jnp.array(index)), expected, rtol=1e-5, atol=1e-5)
+    expected = np.einsum("b...d,bdf->b...f", x, dense(params, adapters, "w/kernel")[index])
+    found = run(params, stacked, x, np.array(index))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    packed = mj.weights.quantize(params, int8(group=8))
+    off = mj.weights.materialize(packed)["w"]["kernel"] - params["w"]["kernel"]
+    np.testing.assert_allclose(run(packed, stacked, x, np.array(index)), found + x @ off, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("index", [[0, 2, -1, 1], [1, 1, 1, 1, 0, -1, 2, 1, -1, 2, 0, 1]])
@@ -74,8 +78,7 @@ def test_gradients_are_those_of_the_adapters_alone(index):
     params = matrix()
     adapters = three(params)
     thetas = [theta for _, _, theta in adapters]
-    x = jax.random.normal(jax.random.key(9), (len(index), D))
-    weight = jax.random.normal(jax.random.key(8), (len(index), F))
+    x, weight = (np.random.default_rng(9).normal(size=(len(index), k)).astype(np.float32) for k in (D, F))
 
     def with_thetas(thetas):
         return [(adapter, frozen, theta) for (adapter, frozen, _), theta in zip(adapters, thetas)]
@@ -85,10 +88,12 @@ def test_gradients_are_those_of_the_adapters_alone(index):
         return jnp.sum(weight * mj.lift(product)(attach_stack(params, stacked, jnp.array(index)), x) ** 2)
 
     def one_by_one(thetas, x):
-        rows = [alone(product, params, with_thetas(thetas), i, row) for i, row in zip(index, x)]
-        return jnp.sum(weight * jnp.stack(rows) ** 2)
+        w = params["w"]["kernel"]
+        scales = [adapter.scale("w/kernel", theta["w/kernel"]["a"].shape[-1]) for adapter, _, theta in adapters]
+        moved = [w + s * theta["w/kernel"]["a"] @ theta["w/kernel"]["b"] for s, theta in zip(scales, thetas)]
+        return jnp.sum(weight * jnp.einsum("bd,bdf->bf", x, jnp.stack([*moved, w])[jnp.array(index)]) ** 2)
 
-    found, expected = (jax.grad(f, (0, 1))(thetas, x) for f in (together, one_by_one))
+    found, expected = (jax.jit(jax.grad(f, (0, 1)))(thetas, x) for f in (together, one_by_one))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
@@ -108,56 +113,53 @@ def test_flattened_rows_and_rows_that_do_not_fit():
     params = matrix()
     adapters = three(params)
     view = attach_stack(params, stack(params, adapters), jnp.array([2, 0]))
-    x = jax.random.normal(jax.random.key(9), (2, 3, D))
+    x = np.random.default_rng(9).normal(size=(2, 3, D)).astype(np.float32)
 
     def flattened(params, x):
         return (x.reshape(-1, D) @ params["w"]["kernel"]).reshape(2, 3, F)
 
-    np.testing.assert_allclose(mj.lift(flattened)(view, x), mj.lift(product)(view, x), rtol=1e-5, atol=1e-5)
+    expected = np.einsum("bsd,bdf->bsf", x, dense(params, adapters, "w/kernel")[[2, 0]])
+    np.testing.assert_allclose(jax.jit(mj.lift(flattened))(view, x), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"each of 2 rows, but the operand has rows \(3,\)"):
         mj.lift(product)(view, jnp.ones((3, D)))
 
 
 def test_lookup_and_tied_head():
-    params = {"embedding": jax.random.normal(jax.random.key(0), (F, D))}
+    params = {"embedding": matrix(shape=(F, D))["w"]["kernel"]}
     adapters = three(params, targets="embedding")
     stacked = stack(params, adapters)
     tokens, index = jnp.array([[1, 5, 11], [0, 0, 3], [7, 2, 2]]), jnp.array([1, -1, 2])
 
+    @jax.jit
+    @mj.lift
     def tied(params, tokens):
         hidden = params["embedding"][tokens]
-        return hidden, hidden @ params["embedding"].T
+        columns = jnp.take(params["embedding"], tokens % D, axis=1)  # [F, B, S]
+        return hidden, hidden @ params["embedding"].T, columns.transpose(1, 2, 0)
 
-    found = mj.lift(tied)(attach_stack(params, stacked, index), tokens)
-    for b, i in enumerate(index):
-        expected = alone(tied, params, adapters, int(i), tokens[b : b + 1])
-        jax.tree.map(lambda x, y, b=b: np.testing.assert_allclose(x[b], y[0], rtol=1e-5, atol=1e-5), found, expected)
-
-    def column(params, tokens):  # a lookup along the output axis
-        return jnp.take(params["embedding"], tokens, axis=1)
-
-    found = mj.lift(lambda p, t: jnp.moveaxis(column(p, t), 0, -1))(attach_stack(params, stacked, index), tokens % D)
-    for b, i in enumerate(index):
-        expected = jnp.moveaxis(alone(column, params, adapters, int(i), tokens[b] % D), 0, -1)
-        np.testing.assert_allclose(found[b], expected, rtol=1e-5, atol=1e-5)
+    found = tied(attach_stack(params, stacked, index), tokens)
+    tables = dense(params, adapters, "embedding")[index]
+    for b, (table, ids) in enumerate(zip(tables, np.asarray(tokens))):
+        for x, y in zip(found, (table[ids], table[ids] @ table.T, table[:, ids % D].T)):
+            np.testing.assert_allclose(x[b], y, rtol=1e-4, atol=1e-4)
 
 
 def test_convolution():
     axes = {"w/kernel": ((0, 1, 2), 3)}
     params = matrix(shape=(3, 3, 2, 4))
     adapters = three(params, axes=axes)
-    index = jnp.array([1, -1, 0])
-    x = jax.random.normal(jax.random.key(3), (3, 2, 5, 6))
+    index = np.array([1, -1, 0])
+    x = np.random.default_rng(3).normal(size=(3, 2, 5, 6)).astype(np.float32)
 
     def convolve(params, x):
         return jax.lax.conv_general_dilated(
             x, params["w"]["kernel"], (1, 2), "SAME", dimension_numbers=("NCHW", "HWIO", "NHWC")
         )
 
-    found = mj.lift(convolve)(attach_stack(params, stack(params, adapters), index, axes), x)
-    for b, i in enumerate(index):
-        expected = alone(convolve, params, adapters, int(i), x[b : b + 1])
-        np.testing.assert_allclose(found[b], expected[0], rtol=1e-4, atol=1e-4)
+    found = jax.jit(mj.lift(convolve))(attach_stack(params, stack(params, adapters), index, axes), x)
+    kernels = dense(params, adapters, "w/kernel")[index]
+    expected = jax.jit(jax.vmap(lambda kernel, x: convolve({"w": {"kernel": kernel}}, x[None])[0]))(kernels, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_batch_of_a_scanned_model():
@@ -168,7 +170,7 @@ def test_one_batch_of_a_scanned_model():
     ]
     stacked = stack(model.params, adapters)
     assert stacked["layers/mlp/down_proj/kernel"]["a"].shape == (3, 3, 48, 4)
-    tokens = jax.random.randint(jax.random.key(0), (4, 6), 0, 264)
+    tokens = np.random.default_rng(0).integers(0, 264, (4, 6))
     traced = []
 
     @jax.jit
@@ -180,10 +182,14 @@ def test_one_batch_of_a_scanned_model():
 
     index = [2, 0, -1, 1]
     found = run(stacked, jnp.array(index), tokens)
-    whole = jax.jit(mj.lift(model.logits))
+    plain = jax.jit(model.logits)
     for row, i in enumerate(index):
-        params = model.params if i < 0 else adapters[i][0].attach(*adapters[i][1:])
-        np.testing.assert_allclose(found[row], whole(params, tokens)[row], rtol=1e-4, atol=1e-4)
+        mine = adapters[i][2] if i >= 0 else {}
+        params = map_with_path(
+            lambda path, w, i=i, mine=mine: dense(model.params, [adapters[i]], path)[0] if path in mine else w,
+            model.params,
+        )
+        np.testing.assert_allclose(found[row], plain(params, tokens)[row], rtol=1e-4, atol=1e-4)
 
     again = run(jax.tree.map(lambda x: x[::-1].copy() * 0.5, stacked), jnp.array([0, 0, 1, 1]), tokens)
     assert len(traced) == 1 and not np.allclose(again, found)
@@ -203,14 +209,14 @@ def test_under_vmap_and_a_scalar_index():
     params = matrix()
     adapters = three(params)
     stacked = stack(params, adapters)
-    x, index = jax.random.normal(jax.random.key(9), (3, 4, D)), jnp.array([2, -1, 0])
+    x, index = np.random.default_rng(9).normal(size=(3, 4, D)).astype(np.float32), np.array([2, -1, 0])
 
     def one(i, x):
         return mj.lift(product)(attach_stack(params, stacked, i), x)
 
-    expected = mj.lift(product)(attach_stack(params, stacked, index), x)
-    np.testing.assert_allclose(jax.vmap(one)(index, x), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(one(2, x[0]), expected[0], rtol=1e-5, atol=1e-5)
+    expected = np.einsum("b...d,bdf->b...f", x, dense(params, adapters, "w/kernel")[index])
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(index, x), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(one)(np.int32(2), x[0]), expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_composed_adapters_add_up_exactly():
@@ -219,13 +225,16 @@ def test_composed_adapters_add_up_exactly():
     weights = [0.5, -2.0, 3.0]
     adapter, theta = compose(params, adapters, weights)
     assert theta["a/kernel"]["a"].shape == (D, 9) and theta["b/kernel"]["b"].shape == (3, 6, F)
-    found = mj.weights.materialize(adapter.attach(params, theta))
-    expected = params
-    for weight, (one, frozen, own) in zip(weights, adapters):
-        moved = mj.weights.materialize(one.attach(frozen, own))
-        expected = jax.tree.map(lambda w, m, p, weight=weight: w + weight * (m - p), expected, moved, params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, expected)
-    assert adapter.prepare(jax.random.key(0), params)[1]["a/kernel"]["a"].shape == (D, 9) if D >= 9 else True
+    for path in ("a/kernel", "b/kernel"):
+        a, b = (np.asarray(theta[path][name]) for name in "ab")
+        expected = 0
+        for weight, (one, _, own) in zip(weights, adapters):
+            if path in own:
+                scale = one.scale(path, own[path]["a"].shape[-1])
+                expected = expected + weight * scale * np.asarray(own[path]["a"]) @ np.asarray(own[path]["b"])
+        assert adapter.scale(path, a.shape[-1]) == 1
+        np.testing.assert_allclose(a @ b, expected, rtol=1e-4, atol=1e-4)
+    assert jax.tree.structure(adapter.attach(params, theta))
 
 
 def test_average_is_the_mean_of_factors():
