@@ -7,6 +7,7 @@ from memjax.models.llama import Llama, LlamaConfig, RopeScaling, llama_config
 from memjax.models.load import load
 from memjax.models.model import Model, abstract, random_params
 from memjax.models.peft import load_peft, save_peft
+from memjax.models.save import save
 
 __all__ = [
     "Bert",
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "load_peft",
     "random_params",
+    "save",
     "save_peft",
     "sentence_embedding",
 ]

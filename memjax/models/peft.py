@@ -27,10 +27,10 @@ from memjax.adapters.stack import low_rank
 from memjax.core.files import replacing
 from memjax.core.paths import leaf_paths
 from memjax.core.views import Axes, is_view
-from memjax.models import bert, llama
 from memjax.models.layers import Source
-from memjax.models.model import Config, Model
+from memjax.models.model import Model
 from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
+from memjax.models.save import hf_sources
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -139,7 +139,7 @@ def save_peft(
 
     attached = dict(leaf_paths(adapter.attach(model.params if frozen is None else frozen, theta)))
     before = dict(leaf_paths(model.params))
-    sources = _sources(model.config)
+    sources = hf_sources(model.config)
     ranks, alphas, tensors = {}, {}, {}
     rslora = getattr(adapter, "scaling", None) == "rslora"
     for path in theta:
@@ -185,10 +185,6 @@ def save_peft(
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _sources(config: Config) -> dict[str, Source]:
-    return llama.hf_sources(config) if isinstance(config, llama.LlamaConfig) else bert.hf_sources()
-
-
 def _named(source: Source, leaf: Any) -> list[tuple[str, int | None]]:
     """Returns (module name, layer) of a leaf's modules."""
     name = source.name.removesuffix(".weight")
@@ -199,7 +195,7 @@ def _modules(model: Model) -> dict[str, _Place]:
     """Returns module name -> place, also under the names of models without a head or with one."""
     leaves = dict(leaf_paths(model.params))
     modules: dict[str, _Place] = {}
-    for path, source in _sources(model.config).items():
+    for path, source in hf_sources(model.config).items():
         if path.rpartition("/")[2] in ("kernel", "embedding"):
             modules |= {name: _Place(path, layer) for name, layer in _named(source, leaves[path])}
     if model.kind == "causal":
