@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax import adapters, codecs, models
+from memjax.adapters.adapter import stored_like
 from memjax.core.bytes import nbytes
 from memjax.core.files import replacing
 from memjax.core.paths import leaf_paths, map_with_path, select
@@ -22,6 +23,8 @@ from memjax.core.views import Axes, is_view
 from memjax.models.gguf import read_gguf
 from memjax.models.packages import resolve
 from memjax.models.peft import SETTINGS
+from memjax.models.safetensors_reader import read_safetensors
+from memjax.models.save import PACKED_FILE
 from memjax.recipes.formats import codec_of
 from memjax.weights import LeafReport, PackedWeight, Report
 
@@ -154,14 +157,32 @@ def merge_model(
       ValueError: an adapter of another model, merged weights that are not finite, groups that do not divide.
     """
     check_writable(out)
-    model = models.load(source, dtype=dtype)
+    model = models.load(source, dtype=_lossless_dtype(source))
     method, frozen, theta = load_adapter(model, adapter)
     to = {"dense": "dense", "keep": "same"}.get(format) or codec_of(format, group)
-    params, report = method.merge(frozen, theta, to)
-    if format == "dense":
-        params = map_with_path(lambda _, leaf: leaf.materialize() if is_view(leaf) else leaf, params)
+    before = dict(leaf_paths(frozen))
+    report: dict[str, adapters.MergeError] = {}
+
+    def store(path: str, leaf: Any) -> Any:
+        narrow = leaf.astype(dtype)
+        if not is_view(leaf):
+            return narrow
+        if leaf is not before[path]:
+            stored, report[path] = stored_like(path, leaf.astype(jnp.float32).materialize(), narrow, to)
+            return stored
+        return narrow.materialize() if format == "dense" else narrow
+
+    params = map_with_path(store, method.attach(frozen, theta))
     _write(source, out, dataclasses.replace(model, params=params))
     return Merged(method.method, sorted(report.items(), key=lambda row: -row[1].relative_frobenius))
+
+
+def _lossless_dtype(source: str) -> str:
+    """Returns the narrower dtype in which the weights of a source load without loss."""
+    path = resolve(source)
+    plain = (path / "config.json").is_file() and not (path / PACKED_FILE).is_file()
+    kinds = {tensor.dtype.name for tensor in read_safetensors(path).values()} if plain else set()
+    return "bfloat16" if kinds == {"bfloat16"} else "float32"
 
 
 def worst(report: Report, count: int = _WORST) -> str:

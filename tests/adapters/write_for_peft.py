@@ -10,7 +10,9 @@ import jax
 from safetensors.numpy import save_file
 
 import memjax as mj
+from memjax.recipes.convert import merge_model
 from tests.adapters.peft_fixtures import FOLDER, base, load, logits, reference
+from tests.models.checkpoints import FOLDER as CHECKPOINTS
 
 ALL = "layers/**/{q,k,v,o,gate,up,down}_proj/kernel"
 ADAPTERS = {
@@ -41,6 +43,11 @@ def main(folder: pathlib.Path) -> None:
     for name in sorted(path.name for path in FOLDER.iterdir() if path.is_dir()):
         write(f"read_{name}", *load(name))
         assert abs(logits(model, load(name)[0].attach(*load(name)[1:])) - reference(name)).max() < 1e-4
+    for dtype in ("float32", "bfloat16"):
+        name = f"merged_{dtype}"
+        merge_model(str(CHECKPOINTS / "llama_bytes"), FOLDER / "lora_patterns", folder / name, dtype=dtype)
+        values = logits(model, mj.models.load(folder / name, dtype="float32").params)
+        save_file({"logits": jax.device_get(values)}, folder / f"{name}.safetensors")
     print(f"wrote {folder}; now: python tests/adapters/make_peft_fixtures.py --check {folder}")
 
 
