@@ -116,7 +116,8 @@ class PerRow(Delta):
 
         Picking copies the factors once per block, which is little beside x where a block has r rows or more. Shorter
         blocks are, if there are many, first brought together by adapter, in blocks of as many rows as adapters have on
-        average: then the copies are at most about twice the stack.
+        average: then the copies are at most about twice the stack. (`jax.lax.ragged_dot` would copy nothing, but
+        except on TPU it multiplies every row by every adapter.)
         """
         n, rank = self.b.shape[:2]
         (count, length), rows = x.shape[:2], x.shape[0] * x.shape[1]

@@ -1,7 +1,10 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import memjax as mj
 from memjax.adapters import attach_stack, average, compose, lora, stack
@@ -217,6 +220,22 @@ def test_under_vmap_and_a_scalar_index():
     expected = np.einsum("b...d,bdf->b...f", x, dense(params, adapters, "w/kernel")[index])
     np.testing.assert_allclose(jax.jit(jax.vmap(one))(index, x), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jax.jit(one)(np.int32(2), x[0]), expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_that_is_sharded():
+    params = matrix()
+    adapters = three(params)
+    stacked = stack(params, adapters)
+    x, index = np.random.default_rng(9).normal(size=(4, 3, D)).astype(np.float32), np.array([2, -1, 0, 0])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"))
+    def run(stacked, index, x):
+        return mj.lift(product)(attach_stack(params, stacked, index), x)
+
+    expected = np.einsum("b...d,bdf->b...f", x, dense(params, adapters, "w/kernel")[index])
+    np.testing.assert_allclose(run(stacked, index, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_composed_adapters_add_up_exactly():
