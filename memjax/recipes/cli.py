@@ -102,6 +102,8 @@ class Quantize:
     """Folder to write; it must be new."""
     group: int = 64
     """Weights per scale; q4_0, q4_1 and q8_0 have 32."""
+    search: bool = False
+    """Choose the scales of int formats for the least squared error; slower, and better below 4 bits."""
     where: tuple[str, ...] = ("**/*_proj/kernel",)
     """Patterns of the weights that are packed; others stay as they are."""
     dtype: Dtype = "auto"
@@ -113,6 +115,7 @@ class Quantize:
             self.out,
             format=self.format,
             group=self.group,
+            search=self.search,
             where=list(self.where),
             dtype=concrete(self.dtype),
         )

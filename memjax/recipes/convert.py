@@ -55,7 +55,14 @@ def load_adapter(model: models.Model, folder: str | Path) -> tuple[adapters.Adap
 
 
 def quantize_model(
-    source: str, out: str | Path, *, format: str, group: int = 64, where: Any = "**/*_proj/kernel", dtype: str
+    source: str,
+    out: str | Path,
+    *,
+    format: str,
+    group: int = 64,
+    search: bool = False,
+    where: Any = "**/*_proj/kernel",
+    dtype: str,
 ) -> Report:
     """Writes a model with packed weights as a folder that `memjax.models.load` and every command read.
 
@@ -65,7 +72,7 @@ def quantize_model(
       source: what `memjax.models.load` takes.
       out: the folder.
       format: see `memjax.recipes.formats`.
-      group: weights per scale.
+      group, search: see `memjax.recipes.formats.codec_of`.
       where: pattern(s) of the leaves that are packed; an embedding is packed along its features.
       dtype: "float32" or "bfloat16", of the weights that stay dense.
 
@@ -77,7 +84,7 @@ def quantize_model(
     """
     check_writable(out)
     model = models.load(source, dtype=dtype)
-    codec = codec_of(format, group)
+    codec = codec_of(format, group, search)
     chosen = set(select(model.params, where))
     rows: list[LeafReport] = []
 

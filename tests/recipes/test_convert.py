@@ -6,6 +6,7 @@ import pytest
 import memjax as mj
 from memjax.recipes import cli
 from memjax.recipes.convert import load_adapter, merge_model, quantize_model, worst
+from memjax.recipes.formats import CODECS, codec_of
 from memjax.weights import PackedWeight
 from tests.adapters.peft_fixtures import FOLDER, base, load, logits
 from tests.models.checkpoints import FOLDER as CHECKPOINTS
@@ -39,6 +40,28 @@ def test_the_report_is_that_of_whole_leaves(tmp_path):
         np.testing.assert_allclose(found[4:], expected[4:], rtol=1e-5)
     assert report[1:] == direct[1:]
     assert worst(report, 3).endswith("and 5 more with smaller errors")
+
+
+@pytest.mark.parametrize("format", sorted({*CODECS} - {"int8", "int4"}))
+def test_every_format_is_packed_as_whole_leaves_are(format, tmp_path):
+    where = "**/q_proj/kernel"
+    report = quantize_model(SOURCE, tmp_path / "q", format=format, group=16, where=where, dtype="float32")
+    saved = mj.models.load(tmp_path / "q", dtype="float32").params
+    direct = mj.weights.quantize(base().params, codec_of(format, 16), where=where)
+    jax.tree.map(np.testing.assert_array_equal, saved, direct)
+    ((row,), expected) = report.leaves, mj.weights.report(base().params, direct).leaves[0]
+    np.testing.assert_allclose(row[2:], expected[2:], rtol=1e-5)
+
+
+def test_search_lowers_the_error_and_is_for_integers(tmp_path):
+    settings = {"format": "int2", "group": 16, "where": "**/q_proj/kernel", "dtype": "float32"}
+    plain, searched = (
+        quantize_model(SOURCE, tmp_path / str(search), search=search, **settings).leaves[0].relative_frobenius
+        for search in (False, True)
+    )
+    assert searched < plain
+    with pytest.raises(ValueError, match="search is for the int formats"):
+        codec_of("nf4", 64, search=True)
 
 
 def test_an_embedding_is_packed_along_its_features(tmp_path):
