@@ -40,3 +40,9 @@ def _apply(model: mj.models.Model):
 def logits(model: mj.models.Model, params) -> jax.Array:
     """Returns the logits of ``model`` with ``params`` for `tokens`."""
     return _apply(model)(params, tokens())
+
+
+def adapted_logits(adapter, frozen, theta) -> jax.Array:
+    """Returns the logits of the base with an adapter attached, for `tokens`."""
+    run = jax.jit(lambda frozen, theta: mj.lift(base().logits)(adapter.attach(frozen, theta), tokens()))
+    return run(frozen, theta)

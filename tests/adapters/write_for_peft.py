@@ -21,6 +21,12 @@ ADAPTERS = {
         rank={"**/q_proj/kernel": 7, "**": 3}, alpha={"**/down_proj/kernel": 1.5, "**": 5}, targets=ALL
     ),
     "lora_embedding": mj.adapters.lora(rank=3, alpha=2, targets=["embed_tokens/embedding", "lm_head/kernel"]),
+    "dora": mj.adapters.dora(rank={"**/v_proj/kernel": 2, "**": 4}, alpha=6, targets=ALL),
+    "vera": mj.adapters.vera(rank=6, targets=ALL, seed=3),
+    "ia3": mj.adapters.ia3(targets=["**/{k,v,down}_proj/kernel"]),
+    "pissa_as_lora": mj.adapters.pissa(rank=3, alpha=4, targets=ALL),
+    "olora_as_lora": mj.adapters.olora(rank=3, alpha=4, targets="**/q_proj/kernel"),
+    "lora_fa_as_lora": mj.adapters.lora_fa(rank=3, alpha=4, targets=ALL),
     "rslora": mj.adapters.lora(rank={"**/up_proj/kernel": 2, "**": 4}, alpha=3, targets=ALL, scaling="rslora"),
 }
 
