@@ -19,6 +19,7 @@ from memjax.adapters.prompt import Prompt, prepend, prompt
 from memjax.adapters.side import Side, side
 from memjax.adapters.snell import Snell, allocate_budget, init_budget, snell, snella, update_budget
 from memjax.adapters.squarehead import distillation_kl, distillation_loss, paired_blocks, squarehead
+from memjax.adapters.stack import PerRow, attach_stack, average, compose, stack
 from memjax.adapters.vera import Vera, vera
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MergeError",
     "Mos",
     "Olora",
+    "PerRow",
     "Pissa",
     "Prompt",
     "Side",
@@ -42,9 +44,12 @@ __all__ = [
     "Vera",
     "act_rms",
     "allocate_budget",
+    "attach_stack",
+    "average",
     "bias_only",
     "by_label",
     "ce_ssl",
+    "compose",
     "concat_batches",
     "conv_bn_tune",
     "cubic",
@@ -82,6 +87,7 @@ __all__ = [
     "snell",
     "snella",
     "squarehead",
+    "stack",
     "teacher_topk",
     "unpack_mask",
     "update_budget",

@@ -63,7 +63,8 @@ def abstract_like(shape: tuple[int, ...], dtype: Any, leaves: Sequence[Any]) -> 
     varying = _varying(leaves)
     if not varying:
         return jax.ShapeDtypeStruct(shape, dtype)
-    sharding = jax.typeof(leaves[0]).sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
+    inside = next(leaf for leaf in leaves if _varying([leaf]))  # others may be constants from outside the shard_map
+    sharding = jax.typeof(inside).sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
     kind = jax.sharding.ManualAxisType(varying=varying)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 

@@ -6,6 +6,8 @@ from memjax.models.layers import Stages
 from memjax.models.llama import Llama, LlamaConfig, RopeScaling, llama_config
 from memjax.models.load import load
 from memjax.models.model import Model, abstract, random_params
+from memjax.models.peft import load_peft, save_peft
+from memjax.models.save import save
 
 __all__ = [
     "Bert",
@@ -19,6 +21,9 @@ __all__ = [
     "generate",
     "llama_config",
     "load",
+    "load_peft",
     "random_params",
+    "save",
+    "save_peft",
     "sentence_embedding",
 ]

@@ -276,6 +276,25 @@ def config_from_hf(config: Mapping[str, Any]) -> BertConfig:
     )
 
 
+def config_to_hf(config: BertConfig) -> dict[str, Any]:
+    """Returns a Hugging Face ``config.json`` of which `config_from_hf` makes ``config`` again."""
+    family, architecture = ("roberta", "RobertaModel") if config.first_position else ("bert", "BertModel")
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "hidden_act": "gelu",
+        "max_position_embeddings": config.max_positions,
+        "pad_token_id": max(config.first_position - 1, 0),
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.norm_eps,
+    }
+
+
 _LAYER_MODULES = {
     "self_attn/q_proj": "attention.self.query",
     "self_attn/k_proj": "attention.self.key",

@@ -484,6 +484,70 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """Returns a Hugging Face ``config.json`` of which `config_from_hf` makes ``config`` again.
+
+    Rotary factors of a GGUF file are written as the ``llama3`` scaling that they are computed from.
+
+    Raises:
+      ValueError: sizes that no supported ``model_type`` can say.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "factors":
+        scaling = _llama3_scaling(config)
+        config = dataclasses.replace(config, rope_scaling=scaling)
+    rope = None
+    if scaling is not None:
+        values = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
+        rope = {"rope_type": scaling.kind, **dict(zip(_ROPE_KEYS[scaling.kind], values))}
+    windows = config.window_layers
+    for family in MODEL_TYPES:
+        settings: dict[str, Any] = {
+            "architectures": [_ARCHITECTURES[family]],
+            "model_type": family,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "hidden_act": "silu",
+            "rope_theta": config.rope_theta,
+            "rope_scaling": rope,
+            "rms_norm_eps": config.rms_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+            "attention_bias": config.output_bias,
+            "mlp_bias": config.mlp_bias,
+            "max_position_embeddings": config.max_positions,
+            "sliding_window": config.sliding_window,
+        }
+        if windows is not None:
+            kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+            settings |= {"use_sliding_window": True, "layer_types": kinds}
+        if config_from_hf(settings) == config:
+            return settings
+    raise ValueError(f"no Hugging Face configuration of the types {', '.join(MODEL_TYPES)} says what {config} does")
+
+
+def _llama3_scaling(config: LlamaConfig) -> RopeScaling:
+    """Returns the ``llama3`` scaling that gives the rotary factors of ``config``."""
+    wanted = rope_frequencies(config)
+    factor = max(config.rope_scaling.factors) if config.rope_scaling else 1.0
+    scaling = dataclasses.replace(_LLAMA3, factor=factor)
+    if np.allclose(rope_frequencies(dataclasses.replace(config, rope_scaling=scaling)), wanted, rtol=1e-4, atol=0):
+        return scaling
+    raise ValueError(f"Hugging Face configurations cannot say the rotary factors {config.rope_scaling}")
+
+
 def _layer_leaves(config: LlamaConfig) -> list[str]:
     attention = [f"self_attn/{x}_proj/kernel" for x in "qkvo"]
     if config.attention_bias:

@@ -18,7 +18,7 @@ import numpy as np
 
 from memjax import codecs
 from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
-from memjax.core.views import Axes
+from memjax.core.views import Axes, is_view
 from memjax.models import bert, llama
 from memjax.models.bitsandbytes import Nf4Tensor, is_four_bit, join_quantized
 from memjax.models.gguf import GgufTensor, read_gguf
@@ -26,8 +26,10 @@ from memjax.models.layers import Source
 from memjax.models.model import Config, Model, abstract
 from memjax.models.packages import resolve
 from memjax.models.safetensors_reader import SafeTensor, read_json, read_safetensors
+from memjax.models.save import PACKED_FILE, hf_sources
 from memjax.models.tokenizer import load_tokenizer
-from memjax.weights import PackedWeight
+from memjax.weights import PackedWeight, astype
+from memjax.weights import load as load_weights
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
@@ -62,11 +64,12 @@ def load(
     """Loads a pretrained model.
 
     Args:
-      source: a Hugging Face folder, a ``.gguf`` file, "smollm2" or "minilm" (packaged weights), or a hub name.
+      source: a Hugging Face folder, a folder that `save` wrote, a ``.gguf`` file, "smollm2" or "minilm" (packaged
+        weights), or a hub name.
       dtype: "float32" or "bfloat16"; dtype of dense leaves, and the logical dtype of packed ones.
-      weights: "keep" leaves the packed tensors of a GGUF file or of a folder that bitsandbytes quantized (NF4)
-        packed, as weight views; "dense" decodes them; a codec packs the leaves of ``targets`` while they are read,
-        one layer at a time, and keeps the rest as "keep" does.
+      weights: "keep" leaves the packed tensors of a GGUF file, of a folder that bitsandbytes quantized (NF4) or of a
+        saved folder packed, as weight views; "dense" decodes them; a codec packs the leaves of ``targets`` while they
+        are read, one layer at a time, and keeps the rest as "keep" does.
       targets: pattern or patterns of the leaves that a codec packs.
 
     Returns:
@@ -81,6 +84,8 @@ def load(
     if isinstance(weights, str) and weights not in ("keep", "dense"):
         raise ValueError(f"weights must be 'keep', 'dense' or a codec, got {weights!r}")
     path = resolve(source)
+    if (path / PACKED_FILE).is_file():
+        return _load_saved(path, str(source), dtype, weights, targets)
     checkpoint = _open_gguf(path) if path.suffix == ".gguf" and path.is_file() else _open_folder(path)
     shapes = abstract(checkpoint.config, dtype)
     _check(checkpoint, shapes)
@@ -92,7 +97,11 @@ def load(
         names = [source.name.format(i) for i in range(leaf.shape[0])] if stacked else [source.name]
         tensors = [checkpoint.tensors[name] for name in names]
         if leaf_path in packed:
-            codes = _fill(lambda i: _encode(weights, tensors[i], source, leaf_path), len(tensors), stacked)
+            codes = _fill(
+                lambda i: _encode(weights, _dense(tensors[i], source), leaf_path, tensors[i].name),
+                len(tensors),
+                stacked,
+            )
             return PackedWeight(codes.astype(leaf.dtype), Axes())
         if weights != "dense" and len(leaf.shape) == 2 + stacked and _keeps(leaf_path, tensors):
             axes = Axes() if source.transpose else Axes(inputs=(-1,), outputs=(-2,))
@@ -104,26 +113,64 @@ def load(
     return Model(checkpoint.config, params, checkpoint.tokenizer, str(source))
 
 
-def _open_folder(folder: pathlib.Path) -> Checkpoint:
+def _load_saved(folder: pathlib.Path, source: str, dtype: str, weights: Any, targets: Patterns) -> Model:
+    """Loads what `memjax.models.save` wrote of a model with packed weights."""
+    config, tokenizer, _ = _read_folder(folder)
+    params = load_weights(folder / PACKED_FILE)
+    shapes = abstract(config, dtype)
+    wanted, found = ({path: tuple(leaf.shape) for path, leaf in leaf_paths(tree)} for tree in (shapes, params))
+    for path in {**wanted, **found}:
+        if wanted.get(path) != found.get(path):
+            raise ValueError(
+                f"{folder / PACKED_FILE}: {path} has the shape {found.get(path)}, but config.json needs "
+                f"{wanted.get(path)}"
+            )
+    packed = set() if isinstance(weights, str) else set(select(shapes, targets))
+
+    def hold(path: str, leaf: Any) -> Any:
+        if path in packed:
+            stacked = len(leaf.shape) > 2
+
+            def encode(i: int) -> codecs.Packed:
+                part = jax.tree.map(lambda x: x[i], leaf) if stacked else leaf
+                dense = part.materialize() if is_view(part) else part
+                return _encode(weights, dense, path)
+
+            codes = _fill(encode, leaf.shape[0] if stacked else 1, stacked)
+            return PackedWeight(codes.astype(leaf.dtype), Axes())
+        return leaf.materialize() if is_view(leaf) and weights == "dense" else leaf
+
+    return Model(config, map_with_path(hold, astype(params, dtype)), tokenizer, source)
+
+
+def _read_folder(folder: pathlib.Path) -> tuple[Config, Any, bool]:
+    """Returns the configuration of a folder, its tokenizer or None, and whether bitsandbytes packed its weights."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
     settings = read_json(folder / "config.json")
-    stored = read_safetensors(folder)
-    tensors: dict[str, Tensor] = dict(stored)
-    if is_four_bit(settings):
-        tensors = dict(join_quantized(stored))
+    four_bit = is_four_bit(settings)
+    if four_bit:
         del settings["quantization_config"]
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     family = settings.get("model_type")
     if family in llama.MODEL_TYPES:
-        config = llama.config_from_hf(settings)
-        ignored = llama.HF_IGNORED + (llama.HF_IGNORED_WHEN_TIED if config.tie_embeddings else ())
-        return Checkpoint(config, llama.hf_sources(config), tensors, ignored, tokenizer)
+        return llama.config_from_hf(settings), tokenizer, four_bit
     if family in bert.MODEL_TYPES:
-        tensors = {bert.plain_name(name): tensor for name, tensor in tensors.items()}
-        return Checkpoint(bert.config_from_hf(settings), bert.hf_sources(), tensors, bert.HF_IGNORED, tokenizer)
+        return bert.config_from_hf(settings), tokenizer, four_bit
     supported = ", ".join(llama.MODEL_TYPES + bert.MODEL_TYPES)
     raise ValueError(f"{folder / 'config.json'} has model_type {family!r}; supported: {supported}")
+
+
+def _open_folder(folder: pathlib.Path) -> Checkpoint:
+    config, tokenizer, four_bit = _read_folder(folder)
+    stored = read_safetensors(folder)
+    tensors: dict[str, Tensor] = dict(join_quantized(stored) if four_bit else stored)
+    if isinstance(config, llama.LlamaConfig):
+        ignored = llama.HF_IGNORED + (llama.HF_IGNORED_WHEN_TIED if config.tie_embeddings else ())
+    else:
+        tensors = {bert.plain_name(name): tensor for name, tensor in tensors.items()}
+        ignored = bert.HF_IGNORED
+    return Checkpoint(config, hf_sources(config), tensors, ignored, tokenizer)
 
 
 def _open_gguf(path: pathlib.Path) -> Checkpoint:
@@ -207,12 +254,12 @@ def _keeps(path: str, tensors: list[Tensor]) -> bool:
     return bool(packed) and not reason
 
 
-def _encode(codec: codecs.Codec, tensor: Tensor, source: Source, path: str) -> codecs.Packed:
-    """Returns the tensor in the layout of its leaf, packed by ``codec``."""
+def _encode(codec: codecs.Codec, dense: Any, path: str, tensor: str = "") -> codecs.Packed:
+    """Returns one matrix, in the layout of its leaf, packed by ``codec``."""
     try:
-        return codec.encode(jnp.asarray(_dense(tensor, source), jnp.float32), (-2,))
+        return codec.encode(jnp.asarray(dense, jnp.float32), (-2,))
     except ValueError as problem:
-        raise ValueError(f"{path} (tensor {tensor.name!r}): {problem}") from None
+        raise ValueError(f"{path}{tensor and f' (tensor {tensor!r})'}: {problem}") from None
 
 
 def _fill(part: Callable[[int], Any], count: int, stacked: bool, dtype: Any = None) -> Any:

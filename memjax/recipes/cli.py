@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from memjax.recipes.checkpoint import Checkpoints
-from memjax.recipes.finetuning import Dtype, FinetuneSettings, Format, finetune, load_model
+from memjax.recipes.convert import MergedDtype, merge_model, quantize_model, worst
+from memjax.recipes.finetuning import Dtype, FinetuneSettings, concrete, finetune, load_model
+from memjax.recipes.formats import Format, Packing
 from memjax.recipes.generation import generate_text
 from memjax.recipes.report import leaf_table
 
@@ -33,11 +35,11 @@ class Generate:
     """Go on with a text."""
 
     model: str
-    """smollm2, a .gguf file, a Hugging Face folder, or a hub name."""
+    """smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name."""
     prompt: str
     """Text to go on with."""
     adapter: str | None = None
-    """Folder of a trained adapter: the `adapter` in the folder of a run, or that folder."""
+    """Folder of a trained adapter: the `adapter` in the folder of a run, that folder, or one that peft wrote."""
     chat: bool = False
     """Give the prompt as a user's message in the model's chat format."""
     max_new_tokens: int = 100
@@ -51,7 +53,7 @@ class Generate:
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
     group: int = 64
-    """Weights per scale of int4 and int8."""
+    """Weights per scale of encoded weights."""
     dtype: Dtype = "auto"
     """Of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU."""
 
@@ -75,17 +77,73 @@ class Inspect:
     """List a model's leaves with their formats, shapes and bytes, as they are held in memory."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """smollm2, minilm, a .gguf file, a Hugging Face folder, or a hub name."""
+    """smollm2, minilm, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name."""
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
     group: int = 64
-    """Weights per scale of int4 and int8."""
+    """Weights per scale of encoded weights."""
     dtype: Dtype = "auto"
     """Of dense weights; auto: bfloat16 on GPU, float32 on CPU."""
 
     def run(self, console: Console) -> None:
         model = load_model(self.model, self.format, self.group, self.dtype)
         console.print(leaf_table(model.params, f"{self.model} ({model.kind})"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Write a model with its weights packed, as a folder that every command takes as a model."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """smollm2, minilm, a .gguf file, a Hugging Face folder, or a hub name."""
+    format: Packing
+    """How the weights are packed."""
+    out: str
+    """Folder to write; it must be new."""
+    group: int = 64
+    """Weights per scale; q4_0, q4_1 and q8_0 have 32."""
+    search: bool = False
+    """Choose the scales of int formats for the least squared error; slower, and better below 4 bits."""
+    where: tuple[str, ...] = ("**/*_proj/kernel",)
+    """Patterns of the weights that are packed; others stay as they are."""
+    dtype: Dtype = "auto"
+    """Of weights that are dense; auto: bfloat16 on GPU, float32 on CPU."""
+
+    def run(self, console: Console) -> None:
+        report = quantize_model(
+            self.model,
+            self.out,
+            format=self.format,
+            group=self.group,
+            search=self.search,
+            where=list(self.where),
+            dtype=concrete(self.dtype),
+        )
+        console.print(worst(report), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {self.out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merge an adapter into a model's weights and write the model, as a folder that transformers loads."""
+
+    model: str
+    """smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name."""
+    adapter: str
+    """Folder of a trained adapter: the `adapter` in the folder of a run, that folder, or one that peft wrote."""
+    out: str
+    """Folder to write; it must be new."""
+    format: Format = "dense"
+    """dense: for transformers; others: for memjax, with weights as the model has them or the merged ones packed."""
+    group: int = 64
+    """Weights per scale of packed weights."""
+    dtype: MergedDtype = "bfloat16"
+    """Of dense weights."""
+
+    def run(self, console: Console) -> None:
+        merged = merge_model(self.model, self.adapter, self.out, format=self.format, group=self.group, dtype=self.dtype)
+        console.print(str(merged), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {self.out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def resumed_defaults(arguments: Sequence[str]) -> dict[str, Any]:
@@ -127,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default = Finetune(**({"model": tyro.MISSING} | saved))
         train = Annotated[Finetune, tyro.conf.subcommand("finetune", default=default)]
         command = tyro.cli(
-            train | Generate | Inspect,
+            train | Generate | Inspect | Quantize | Merge,
             prog="memjax",
-            description="Fine-tune and run language models in little memory. --debug shows tracebacks.",
+            description="Fine-tune, run and convert language models in little memory. --debug shows tracebacks.",
             args=arguments,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memjax import adapters, codecs, models
+from memjax import adapters, models
 from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
+from memjax.recipes.formats import Format, codec_of
 from memjax.recipes.generation import continue_tokens
 from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.plots import plot_run
@@ -26,7 +27,6 @@ from memjax.recipes.report import ByteReport, byte_report, residual_bytes, worki
 from memjax.recipes.train import LossFn, Schedule, check_finite, init_state, make_optimizer, make_step
 from memjax.weights import lift
 
-Format = Literal["keep", "dense", "int4", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 # Settings that may change on resume: they say where things are and how often, and change no number.
 FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens", "temperature")
@@ -37,7 +37,7 @@ class FinetuneSettings:
     """What a fine-tuning run does.
 
     Attributes:
-      model: smollm2, a .gguf file, a Hugging Face folder, or a hub name.
+      model: smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name.
       data: .txt, .jsonl (prompt and completion, or messages), or kjv (packaged).
       adapter: the method.
       rank: rank of the adapter.
@@ -45,7 +45,7 @@ class FinetuneSettings:
       targets: patterns of the weights that are adapted.
       dropout: on the adapter's input.
       format: how the frozen weights are held: as in the file, dense, or the targets encoded (the rest as in the file).
-      group: weights per scale of int4 and int8.
+      group: weights per scale of encoded weights.
       dtype: of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU.
       batch: sequences per step.
       seq: tokens per sequence.
@@ -125,11 +125,15 @@ class FinetuneResult(NamedTuple):
 
 def load_model(model: str, format: Format = "keep", group: int = 64, dtype: Dtype = "auto") -> models.Model:
     """Loads a model with its weights held as ``format`` says; see `FinetuneSettings`."""
+    weights = format if format in ("keep", "dense") else codec_of(format, group)
+    return models.load(model, dtype=concrete(dtype), weights=weights)
+
+
+def concrete(dtype: Dtype) -> str:
+    """Returns the dtype that "auto" stands for on this machine; others as they are."""
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    factories = {"int4": codecs.int4, "int8": codecs.int8}
-    weights = factories[format](group=group) if format in factories else format
-    return models.load(model, dtype=dtype, weights=weights)
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dtype
 
 
 def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, dropout: bool) -> LossFn:

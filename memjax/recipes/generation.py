@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memjax import adapters, models
+from memjax import models
+from memjax.recipes.convert import load_adapter
 
 
 def generate_text(
@@ -27,7 +28,7 @@ def generate_text(
     Args:
       model: a decoder with a tokenizer.
       prompt: text to go on with.
-      adapter: folder of a trained adapter, or of the run that trained it.
+      adapter: folder of a trained adapter, of memjax or peft, or of the run that trained it.
       chat: give the prompt as a user's message in the model's chat format.
       max_new_tokens, temperature, top_k: see `memjax.models.generate`.
       seed: of the draws.
@@ -39,8 +40,7 @@ def generate_text(
         raise ValueError(f"{model.name} has no tokenizer, which text needs")
     params = model.params
     if adapter is not None:
-        inside = Path(adapter) / "adapter"
-        method, frozen, theta = adapters.load(inside if inside.is_dir() else adapter, params)
+        method, frozen, theta = load_adapter(model, adapter)
         params = method.attach(frozen, theta)
     if chat:
         ids = model.tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]

@@ -12,6 +12,7 @@ from jax.extend.core import Var
 from rich import box
 from rich.table import Table
 
+from memjax.codecs import Grouped
 from memjax.core.bytes import CompiledBytes, nbytes
 from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view
@@ -181,7 +182,10 @@ def format_of(leaf: Any) -> str:
     if not isinstance(leaf, PackedWeight):
         return str(leaf.dtype)
     codec = leaf.packed.codec
-    return getattr(codec, "kind", None) or f"int{codec.bits}, group {codec.group}"
+    if kind := getattr(codec, "kind", None):
+        return kind
+    name = f"int{codec.bits}" if isinstance(codec, Grouped) else type(codec).__name__.lower()
+    return f"{name}, group {codec.group}"
 
 
 def leaf_table(params: Any, title: str) -> Table:
