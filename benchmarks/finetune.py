@@ -36,8 +36,15 @@ class Shape(NamedTuple):
 
 TINY = Shape("tiny", 2, 32)
 SHAPES = (Shape("llama-3.2-1b", 4, 2048), Shape("llama-3.1-8b", 2, 2048), Shape("llama-3.1-8b", 1, 8192))
-STACKS = ("plain_jax", "memjax", "peft", "memjax_int4")
+STACKS = ("plain_jax", "memjax", "peft", "memjax_int4", "memjax_nf4", "memjax_nf4_int8")
 CASES = {f"{shape.name}/{stack}": (shape, stack) for stack in STACKS for shape in (*SHAPES, TINY)}
+BASES = {
+    "memjax": (None, None),
+    "memjax_int4": ("int4", None),
+    "memjax_nf4": ("nf4", None),
+    "memjax_nf4_int8": ("nf4", "int8"),
+}
+"""Stack -> format of the linear layers, and of embedding and head; None keeps bfloat16."""
 
 
 def memjax_config(config: Llama) -> Any:
@@ -58,8 +65,8 @@ def memjax_config(config: Llama) -> Any:
     )
 
 
-def build_memjax(config: Llama, attention: str, *, packed: bool) -> harness.Workload:
-    """Returns memjax's training step; ``packed`` keeps the base's kernels in int4 with groups of 64."""
+def build_memjax(config: Llama, attention: str, *, layers: str | None, rest: str | None) -> harness.Workload:
+    """Returns memjax's training step; ``layers`` and ``rest`` are formats as in `BASES`, in groups of 64."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -71,7 +78,7 @@ def build_memjax(config: Llama, attention: str, *, packed: bool) -> harness.Work
     from memjax.recipes.train import init_state, make_step
 
     model = models.Model(memjax_config(config))
-    codec = mj.codecs.int4(group=64)
+    formats = {"int4": mj.codecs.int4(group=64), "int8": mj.codecs.int8(group=64), "nf4": mj.codecs.nf4()}
     adapter = mj.adapters.lora(rank=RANK, alpha=ALPHA, targets="**/*_proj/kernel")
     tx = optax.adamw(LEARNING_RATE)
 
@@ -81,9 +88,15 @@ def build_memjax(config: Llama, attention: str, *, packed: bool) -> harness.Work
 
         def make(path: str, leaf: Any) -> Any:
             mean, std = (1.0, 0.02) if path.endswith("scale") else (0.0, 0.02)
-            pack = packed and path.startswith("layers/") and path.endswith("_proj/kernel")
-            quantize = (lambda x: mj.weights.quantize({"kernel": x}, codec)["kernel"]) if pack else None
-            return harness.random_leaf(next(keys), leaf.shape, leaf.dtype, mean, std, quantize)
+            of_layer = path.startswith("layers/") and path.endswith("_proj/kernel")
+            of_rest = path.endswith("embedding") or path.startswith("lm_head/")
+            codec = formats.get(layers if of_layer else rest if of_rest else None)
+            along = -1 if path.endswith("embedding") else -2  # a looked-up row has groups of its own
+
+            def pack(x: Any) -> Any:
+                return mj.weights.PackedWeight(codec.encode(x, along), mj.weights.Axes())
+
+            return harness.random_leaf(next(keys), leaf.shape, leaf.dtype, mean, std, pack if codec else None)
 
         frozen = map_with_path(make, shapes)
         return init_state(adapter.init(next(keys), frozen), tx), frozen
@@ -115,7 +128,8 @@ def build(shape: Shape, stack: str, attention: str) -> harness.Workload:
         return plain_jax.build(
             config, rank=RANK, alpha=ALPHA, chunk=chunk, learning_rate=LEARNING_RATE, attention=attention
         )
-    return build_memjax(config, attention, packed=stack == "memjax_int4")
+    layers, rest = BASES[stack]
+    return build_memjax(config, attention, layers=layers, rest=rest)
 
 
 def flops_per_token(shape: Shape) -> float:

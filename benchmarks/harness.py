@@ -66,25 +66,26 @@ def random_leaf(key: Any, shape: tuple[int, ...], dtype: Any, mean: float, std: 
 
     Args:
       key: random key.
-      shape, dtype: of the result; a matrix is cut into up to 64 slices of rows, a stack of matrices into its matrices.
+      shape, dtype: of the result; a matrix is cut into up to 64 slices of rows (of a multiple of 64 rows each where they
+        are converted), a stack of matrices into its matrices.
       mean, std: of the normal distribution.
-      convert: applied to every matrix of a stack as it is made (to quantise it, say).
+      convert: applied to every slice as it is made (to quantise it, say); gives a pytree of arrays of as many axes.
     """
     import jax
     import jax.numpy as jnp
 
     stacked = len(shape) > 2
-    slices = shape[0] if stacked else math.gcd(shape[0], 64)
+    slices = shape[0] if stacked else math.gcd(shape[0] // 64 if convert else shape[0], 64)
     part = shape[1:] if stacked else (shape[0] // slices, *shape[1:])
 
     @jax.jit
     def make(key: Any) -> Any:
         def one(key: Any) -> Any:
             x = (mean + std * jax.random.normal(key, part, jnp.float32)).astype(dtype)
-            return convert(x) if stacked and convert else x
+            return convert(x) if convert else x
 
         parts = jax.lax.map(one, jax.random.split(key, slices))
-        return parts if stacked else parts.reshape(shape)
+        return parts if stacked else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), parts)
 
     return make(key)
 
