@@ -337,7 +337,7 @@ def load(folder: str | os.PathLike[str], params: Any) -> tuple[Adapter, Any, The
 
 def _flat(tree: Theta) -> dict[str, np.ndarray]:
     return {
-        f"{path}#{name}": np.ascontiguousarray(factor)
+        f"{path}#{name}": np.asarray(factor, order="C")
         for path, factors in tree.items()
         for name, factor in factors.items()
     }

@@ -5,6 +5,7 @@ row to `METHODS`.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,23 @@ def bias_tree(tree, theta):
     return tree
 
 
+def lamda_weight(w, f, c):
+    return w + 2 * c["a"] @ (f["s"] @ f["b"] - c["start"])
+
+
+def snell_weight(w, f, c):
+    """Returns w plus the largest 30 % of the entries of D_0 - D_1, the distance matrices of both heads."""
+
+    def distances(h):
+        p, q = (f[name].reshape(-1, 2, *f[name].shape[-2:])[:, h] for name in "pq")
+        return jnp.sqrt(jnp.sum((p[:, :, None, :] - q[:, None, :, :]) ** 2, -1))
+
+    delta = distances(0) - distances(1)
+    magnitude = lax.stop_gradient(jnp.abs(delta)).reshape(len(delta), -1)
+    bar = jnp.sort(magnitude)[:, -math.ceil(0.3 * magnitude.shape[1]), None]
+    return w + jnp.where(magnitude >= bar, delta.reshape(magnitude.shape), 0).reshape(w.shape)
+
+
 LOW_RANK = {"rank": RANK, "alpha": 4, "targets": ALL}
 METHODS = {
     "lora": Method(functools.partial(adapters.lora, **LOW_RANK), low_rank, weight=plus_product),
@@ -180,6 +198,24 @@ METHODS = {
         lambda path, n, d_in, d_out: n * RANK * d_out,
         lambda path, n, d_in, d_out: n * RANK * d_in,
         weight=lambda w, f, c: w + 2 * c["a"] @ f["b"],
+    ),
+    "lamda": Method(
+        functools.partial(adapters.lamda, **LOW_RANK),
+        lambda path, n, d_in, d_out: n * (RANK**2 + RANK * d_out),
+        low_rank,
+        weight=lamda_weight,
+    ),
+    "ce_ssl": Method(
+        functools.partial(adapters.ce_ssl, **LOW_RANK, deactivation=0.25),
+        low_rank,
+        weight=lambda w, f, c: w + 0.75 * 2 * f["a"] @ f["b"],
+    ),
+    "snell": Method(
+        functools.partial(adapters.snell, RANK, keep=0.3, scale=1.0, targets=ALL),
+        low_rank,
+        lambda path, n, d_in, d_out: n,
+        weight=snell_weight,
+        starts_as_base=False,
     ),
     "ia3": Method(
         functools.partial(adapters.ia3, targets="**/{k,down}_proj/kernel"),
@@ -331,7 +367,7 @@ def test_partition_specs_fit_the_leaves(name):
 def test_factors_that_do_not_fit_raise(name):
     adapter, frozen, theta = prepared(name)
     path = next(path for path in theta if path in KERNELS)
-    factor, value = next(iter(theta[path].items()))
+    factor, value = next((name, value) for name, value in theta[path].items() if value.ndim)
     with pytest.raises(ValueError, match=rf"{path}: expected .*{factor}"):
         adapter.attach(frozen, {path: {"surprise": value}})
     with pytest.raises(ValueError, match=rf"{path}: expected .*\(1,"):
