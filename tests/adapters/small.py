@@ -12,6 +12,7 @@ from memjax.weights import Anchored, lift
 from tests.random_views import array
 
 X = array(0, 8, 16)
+KEY = jax.random.key(0, impl="rbg")  # draws of many shapes compile faster than from the default generator
 QUICKLY = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is what takes time
 
 

@@ -13,7 +13,7 @@ from memjax import adapters, codecs, weights
 from memjax.adapters import AdapterBytes, ce_ssl, concat_batches, cutmix, plan_ranks_one_shot
 from memjax.core.paths import leaf_paths
 from memjax.weights import lift
-from tests.adapters.small import QUICKLY, X, gradients, model, moved, params
+from tests.adapters.small import KEY, QUICKLY, X, gradients, model, moved, params
 from tests.random_views import array, assert_close
 
 KEYS = [jax.random.key(i) for i in range(3)]
@@ -21,7 +21,7 @@ KEYS = [jax.random.key(i) for i in range(3)]
 
 @functools.cache
 def factors():
-    return moved(ce_ssl(3).init(jax.random.key(0), params()))
+    return moved(ce_ssl(3).init(KEY, params()))
 
 
 def test_without_deactivation_it_is_lora():
@@ -33,7 +33,7 @@ def test_without_deactivation_it_is_lora():
 
 
 def test_initial_factors():
-    theta = ce_ssl(16, targets="w").init(jax.random.key(0), {"w": jnp.zeros((2, 400, 50))})["w"]
+    theta = ce_ssl(16, targets="w").init(KEY, {"w": jnp.zeros((2, 400, 50))})["w"]
     assert not np.any(theta["b"]) and np.std(theta["a"]) == pytest.approx(0.02, rel=0.03)
     assert not np.array_equal(theta["a"][0], theta["a"][1])
 
@@ -125,7 +125,7 @@ def test_lookups_and_convolutions_rest_too():
 
     tokens = jnp.array([[1, 5, 5, 0]])
     adapter = ce_ssl(2, deactivation=0.5, targets="*", axes=weights.infer_axes(apply, tree, tokens))
-    theta = moved(adapter.init(jax.random.key(0), tree), 1.0)
+    theta = moved(adapter.init(KEY, tree), 1.0)
     run, seen = jax.jit(lift(apply)), set()
     for seed in range(12):
         views = adapter.attach(tree, theta, jax.random.key(seed))
@@ -149,7 +149,7 @@ def loss_fn(params, batch):
 def test_the_plan_ranks_layers_by_their_first_gradient(score, packed):
     frozen = weights.quantize(params(), codecs.int8(group=8)) if packed else params()
     rank, fraction = 4, 0.5
-    theta = ce_ssl(rank).init(jax.random.key(0), frozen)
+    theta = ce_ssl(rank).init(KEY, frozen)
     dense = weights.materialize(frozen)
     totals = {}
     gradient = jax.jit(jax.grad(loss_fn), compiler_options=QUICKLY)
@@ -162,7 +162,7 @@ def test_the_plan_ranks_layers_by_their_first_gradient(score, packed):
     flat = np.concatenate([np.ravel(x) for x in totals.values()])
     bar = np.sort(flat)[1]  # floor(5 matrices * 0.5) = 2 low ones
     expected = {path: np.where(x <= bar, 2, rank).tolist() for path, x in totals.items()}
-    plan = plan_ranks_one_shot(loss_fn, frozen, batches(), rank, fraction=fraction, score=score)
+    plan = plan_ranks_one_shot(loss_fn, frozen, batches(), rank, fraction=fraction, score=score, key=KEY)
     assert plan == expected
     assert sum(np.sum(np.asarray(x) == 2) for x in plan.values()) == 2
     adapter = ce_ssl(plan, targets=list(plan))
@@ -176,7 +176,7 @@ def test_the_plan_ranks_layers_by_their_first_gradient(score, packed):
 def test_padded_ranks_stay_padded():
     ranks = [2, 4]
     adapter = ce_ssl({"layers/up/*": ranks}, targets="layers/up/*")
-    theta = adapter.init(jax.random.key(0), params())
+    theta = adapter.init(KEY, params())
     tx = optax.adamw(1e-2)
     state = tx.init(theta)
     for _ in range(3):

@@ -15,7 +15,7 @@ from memjax.adapters import AdapterBytes, frozen_rows, lamda, lamda_plan, progre
 from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.core.paths import leaf_paths
 from memjax.weights import lift
-from tests.adapters.small import QUICKLY, X, constants_of, gradients, model, moved, outputs, params
+from tests.adapters.small import KEY, QUICKLY, X, constants_of, gradients, model, moved, outputs, params
 from tests.random_views import array, assert_close
 
 INITS = ["svd_residual", "svd_zero", "reference"]
@@ -24,7 +24,7 @@ INITS = ["svd_residual", "svd_zero", "reference"]
 @functools.cache
 def prepared(rank=4, alpha=6.0, init="svd_residual"):
     adapter = lamda(rank, alpha, init=init)
-    return adapter, *adapter.prepare(jax.random.key(0), params())
+    return adapter, *adapter.prepare(KEY, params())
 
 
 @pytest.mark.parametrize("init", ["svd_zero", "reference"])
@@ -36,7 +36,7 @@ def test_a_fresh_adapter_changes_nothing(init):
 def test_a_fresh_adapter_changes_nothing_in_bfloat16_on_a_packed_base():
     frozen = weights.astype(weights.quantize({"w": array(0, 2, 16, 16)}, codecs.int4(group=8), "w"), jnp.bfloat16)
     adapter = lamda(5, 7.0, targets="w", dtype=jnp.bfloat16)
-    attached = adapter.attach(*adapter.prepare(jax.random.key(0), frozen))
+    attached = adapter.attach(*adapter.prepare(KEY, frozen))
     apply = jax.jit(lift(lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]))
     x = X.astype(jnp.bfloat16)
     np.testing.assert_array_equal(apply(attached, x), apply(frozen, x))
@@ -85,7 +85,7 @@ def test_lookups_transposes_and_convolutions_use_the_delta():
 
     tokens = jnp.array([[1, 5, 5, 0]])
     adapter = lamda(3, targets="*", axes=weights.infer_axes(apply, tree, tokens))
-    frozen, theta = adapter.prepare(jax.random.key(0), tree)
+    frozen, theta = adapter.prepare(KEY, tree)
     theta = moved(theta)
     views = adapter.attach(frozen, theta)
     merged, _ = adapter.merge(frozen, theta)
@@ -111,7 +111,7 @@ def test_bytes_equal_the_formula(init):
     assert adapter.nbytes(p) == AdapterBytes(4 * trained, 4 * constants)
     assert (nbytes(theta), nbytes(frozen) - nbytes(p)) == adapter.nbytes(p)
     assert nbytes(adapter.freeze(frozen, theta)[1]) == 4 * r * r * len(shapes)
-    frozen, _ = adapter.prepare(jax.random.key(0), p)
+    frozen, _ = adapter.prepare(KEY, p)
     assert all(leaf.base.array is w for (_, leaf), (_, w) in zip(leaf_paths(frozen), leaf_paths(p)))  # no second copy
 
 
@@ -175,7 +175,7 @@ def test_rows_stand_still_from_their_step_on_and_dropping_them_is_the_same():
 
 def test_gradient_bytes_fall_with_the_rows():
     adapter, (depth, d, r, rows) = lamda(32, targets="w"), (4, 128, 32, 2)
-    frozen, theta = adapter.prepare(jax.random.key(0), {"w": array(0, depth, d, d) / 12})
+    frozen, theta = adapter.prepare(KEY, {"w": array(0, depth, d, d) / 12})
 
     def loss(theta, frozen, x):
         apply = lift(lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0])
@@ -197,7 +197,7 @@ def test_the_input_is_no_residual():
     lora, spectral = adapters.lora(r, targets="w"), lamda(r, targets="w")
 
     def kept(adapter):
-        frozen, theta = adapter.prepare(jax.random.key(0), {"w": array(0, 3, d, d), "v": array(1, d, d)})
+        frozen, theta = adapter.prepare(KEY, {"w": array(0, 3, d, d), "v": array(1, d, d)})
 
         def layers(theta, x):
             view = adapter.attach(frozen, theta)
@@ -256,7 +256,7 @@ def test_without_gaps_the_plan_rounds_by_largest_remainder():
 def test_padded_ranks_stay_padded(init):
     ranks = [2, 5]
     adapter = lamda({"layers/up/*": ranks}, targets="layers/up/*", init=init)
-    frozen, theta = adapter.prepare(jax.random.key(0), params())
+    frozen, theta = adapter.prepare(KEY, params())
     factors = train(adapter, optax.adamw(1e-2), frozen, theta, 3)[-1]["layers/up/kernel"]
     a = constants_of(frozen)["layers/up/kernel"]["a"]
     for layer, r in enumerate(ranks):
@@ -296,4 +296,4 @@ def test_settings_out_of_range_raise(settings, message):
 )
 def test_ranks_that_do_not_fit_raise(rank, message):
     with pytest.raises(ValueError, match=message):
-        lamda(rank).prepare(jax.random.key(0), params())
+        lamda(rank).prepare(KEY, params())

@@ -12,7 +12,7 @@ from memjax.adapters import AdapterBytes, mos
 from memjax.core.bytes import nbytes
 from memjax.core.paths import leaf_paths, map_with_path
 from memjax.weights import Anchored, lift
-from tests.adapters.small import QUICKLY, X, constants_of, model, moved, outputs, params
+from tests.adapters.small import KEY, QUICKLY, X, constants_of, model, moved, outputs, params
 from tests.random_views import array, assert_close
 
 R, E, P, L = 6, 3, 1, 2
@@ -21,7 +21,7 @@ R, E, P, L = 6, 3, 1, 2
 @functools.cache
 def prepared():
     adapter = mos(R, E, P, L, alpha=12)
-    return adapter, *adapter.prepare(jax.random.key(0), params())
+    return adapter, *adapter.prepare(KEY, params())
 
 
 def explicit(frozen, theta):
@@ -112,7 +112,7 @@ def with_indices(frozen, change):
 
 def test_whole_private_shards_in_order_are_lora():
     adapter = mos(3, 3, 0, 1)
-    frozen, theta = adapter.prepare(jax.random.key(0), params())
+    frozen, theta = adapter.prepare(KEY, params())
     theta = moved(theta)
     at = {}
 
@@ -145,7 +145,7 @@ def usage(frozen, name):
 def test_subset_selection(sampling):
     layers = 5
     tree, (r, e, p, l) = {"w": jnp.zeros((layers, 16, 24))}, (8, E, P, L)
-    frozen, _ = mos(r, e, p, l, sampling=sampling, targets="w").prepare(jax.random.key(0), tree)
+    frozen, _ = mos(r, e, p, l, sampling=sampling, targets="w").prepare(KEY, tree)
     public = (e - p) * l * layers
     for name in ("a_index", "b_index"):
         index = np.asarray(constants_of(frozen)["w"][name])
@@ -166,7 +166,7 @@ def test_private_shards_learn_from_one_layer_and_public_ones_move_those_that_use
     layers, l = 4, 2
     tree = {"w": array(0, layers, 8, 8)}
     adapter = mos(6, E, P, l, targets="w")
-    frozen, theta = adapter.prepare(jax.random.key(1), tree)
+    frozen, theta = adapter.prepare(KEY, tree)
     theta = moved(theta)
     public = (E - P) * l * layers
 
@@ -200,9 +200,9 @@ def test_settings_out_of_range_raise(settings, message):
 
 def test_what_does_not_fit_raises():
     with pytest.raises(ValueError, match="head/kernel: 16 inputs cannot be cut into 3 equal shards"):
-        mos(4, 2, 1, 3).prepare(jax.random.key(0), params())
+        mos(4, 2, 1, 3).prepare(KEY, params())
     with pytest.raises(ValueError, match="head/kernel: rank 17 is larger"):
-        mos(17, 2, 1, 2).prepare(jax.random.key(0), params())
+        mos(17, 2, 1, 2).prepare(KEY, params())
     adapter, frozen, theta = prepared()
     with pytest.raises(ValueError, match=r"no weight has indices: attach to the tree of"):
         adapter.attach(params(), theta)

@@ -14,14 +14,14 @@ from memjax.adapters import allocate_budget, init_budget, snell, snella, update_
 from memjax.core.bytes import compiled_bytes
 from memjax.core.views import Axes
 from memjax.weights import lift
-from tests.adapters.small import QUICKLY, constants_of, moved
+from tests.adapters.small import KEY, QUICKLY, constants_of, moved
 from tests.random_views import array, assert_close
 
 N, M = 12, 20
 
 
 def prepared(adapter, *batch):
-    frozen, theta = adapter.prepare(jax.random.key(0), {"w": array(0, *batch, N, M)})
+    frozen, theta = adapter.prepare(KEY, {"w": array(0, *batch, N, M)})
     return frozen, moved(theta, 0.3)
 
 
@@ -54,10 +54,12 @@ CASES = {
     "tiles, softmax": {"softmax": True, "tile": 8, "keep": 0.5},
     "own kernel, all kept": {"kernel": lambda p, q: jnp.tanh(p @ q.T), "keep": 1, "heads": 4},
 }
+SLOW = {"tiles", "own kernel, all kept"}
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_values_and_gradients_equal_the_dense_formula(case):
     """In float64, of x W, x W^T and rows and columns of W."""
     with jax.enable_x64(True):
@@ -98,7 +100,7 @@ def test_values_and_gradients_equal_the_dense_formula(case):
 
 def test_a_gated_adapter_starts_as_the_base():
     adapter = snell(4, zero_init=True, targets="w")
-    frozen, theta = adapter.prepare(jax.random.key(0), {"w": array(0, N, M)})
+    frozen, theta = adapter.prepare(KEY, {"w": array(0, N, M)})
     np.testing.assert_array_equal(adapter.attach(frozen, theta)["w"].materialize(), array(0, N, M))
 
 
@@ -128,7 +130,7 @@ def test_as_many_entries_are_kept_as_asked(tile):
             bar = np.sort(np.abs(every[i]).ravel())[-counts[i]]
             np.testing.assert_array_equal(w[i], np.where(np.abs(every[i]) >= bar, every[i], 0))
     for keep in (1e-9, 0.37, 0.99):
-        sizes = constants_of(snell(8, keep=keep, targets="w").prepare(jax.random.key(0), {"w": every})[0])
+        sizes = constants_of(snell(8, keep=keep, targets="w").prepare(KEY, {"w": every})[0])
         assert sizes["w"]["count"].tolist() == [math.ceil(keep * (N * M))] * 2
 
 
@@ -182,7 +184,7 @@ def test_a_convolution_uses_the_delta():
         return lax.conv_general_dilated(x, p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
     adapter = snell(4, scale=1.0, targets="*", axes={"kernel": ((0, 1), 2)})
-    frozen, theta = adapter.prepare(jax.random.key(0), tree)
+    frozen, theta = adapter.prepare(KEY, tree)
     view = adapter.attach(frozen, moved(theta))["kernel"]
     actual, expected = jax.jit(lambda view, x: (lift(apply)({"kernel": view}, x), view.materialize()))(view, x)
     assert_close(actual, apply({"kernel": expected}, x), 5e-6)
@@ -194,7 +196,7 @@ def test_no_dense_delta_in_training():
     base = {"w": array(0, depth, d, d) / 16}
 
     def peak(adapter):
-        frozen, theta = adapter.prepare(jax.random.key(0), base)
+        frozen, theta = adapter.prepare(KEY, base)
 
         def loss(theta, frozen, x):
             apply = lift(lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0])
@@ -212,14 +214,14 @@ def test_no_dense_delta_in_training():
 
 def test_initial_factors():
     adapter = snell(8, heads=2, targets="w")
-    theta = adapter.init(jax.random.key(0), {"w": jnp.zeros((3, 100, 400))})["w"]
+    theta = adapter.init(KEY, {"w": jnp.zeros((3, 100, 400))})["w"]
     assert theta["p"].shape == (3, 2, 100, 4) and theta["q"].shape == (3, 2, 400, 4)
     for factor, d in ((theta["p"], 100), (theta["q"], 400)):
         bound = (4 * d) ** -0.5
         assert 0.95 * bound < np.abs(factor).max() <= bound and np.std(factor) == pytest.approx(
             bound / 3**0.5, rel=0.05
         )
-    mixed = snella(8, targets="w", zero_init=True).init(jax.random.key(0), {"w": jnp.zeros((3, 10, 10))})["w"]
+    mixed = snella(8, targets="w", zero_init=True).init(KEY, {"w": jnp.zeros((3, 10, 10))})["w"]
     assert not np.any(mixed["gate"]) and mixed["mix"].tolist() == [[1, 1, 0]] * 3
 
 
@@ -229,7 +231,7 @@ def test_initial_factors():
 def test_the_budget_follows_the_importance_of_factors():
     adapter = snella(4, targets="*")
     tree = {"w": array(0, 3, 16, 16), "v": array(1, 8, 8)}
-    frozen, theta = adapter.prepare(jax.random.key(0), tree)
+    frozen, theta = adapter.prepare(KEY, tree)
     strength = {"w": np.array([5.0, 1.0, 0.3])[:, None, None, None], "v": 0.2}
     state, history = init_budget(theta), []
     start, update = jax.tree.map(np.asarray, theta), jax.jit(update_budget)
