@@ -66,8 +66,8 @@ def random_leaf(key: Any, shape: tuple[int, ...], dtype: Any, mean: float, std: 
 
     Args:
       key: random key.
-      shape, dtype: of the result; a matrix is cut into up to 64 slices of rows (where they are converted, of multiples of
-        64 rows), a stack of matrices into its matrices.
+      shape, dtype: of the result; a matrix is cut into up to 64 slices of rows (where they are converted, of
+        multiples of 64 rows), a stack of matrices into its matrices.
       mean, std: of the normal distribution.
       convert: applied to every slice as it is made (to quantise it, say); gives a pytree of arrays of as many axes.
     """
