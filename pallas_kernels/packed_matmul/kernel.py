@@ -266,6 +266,8 @@ def matmul(
     """
     rows_in, k = x.shape
     m = -(-rows_in // 8) * 8
+    if interpret or rows_in > 8:  # the copy engine fills up fewer than 8 rows itself
+        x = jnp.pad(x, ((0, m - rows_in), (0, 0)))
     n = scale.shape[1]
     warpgroups, stages, splits = config
     tiles = k // TILE // splits
@@ -399,5 +401,5 @@ def matmul(
         ),
         compiler_params=_mgpu.explicit_layouts(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(jnp.pad(x, ((0, m - rows_in), (0, 0))) if interpret else x, *planes, *metas)
+    )(x, *planes, *metas)
     return jnp.sum(out, axis=0)[:rows_in].astype(out_dtype) if interpret else out
