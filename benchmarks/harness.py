@@ -1,8 +1,8 @@
 """Runs the cases of a suite, each in a fresh process, and records what they measured as JSON.
 
-A fresh process per case, because a device's peak counter never goes down. A case that fails or runs out of time is a
-row with its error, not a gap. Every run also measures the card's own matmul and copy rate, so that a reader can tell
-a slow program from a slow card.
+A fresh process per case, because a device's peak counter never goes down; the cases of a suite that measures losses
+share a model and so a process. A case that fails or runs out of time is a row with its error, not a gap. Every run also
+measures the card's own matmul and copy rate, so that a reader can tell a slow program from a slow card.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,26 +228,71 @@ def run_suite(
       The file's path.
     """
     start = time.monotonic()
-    run = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     facts = run_process(["benchmarks.harness"], timeout_s)
     if "error" in facts:
         raise RuntimeError(f"could not measure the device: {facts['error']}")
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = results / slug / f"{suite}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text()) if keep and path.exists() else {"runs": {}, "rows": []}
-    rows = [row for row in old["rows"] if row["case"] not in cases]
-    runs = {name: old["runs"][name] for name in old["runs"] if any(row["run"] == name for row in rows)} | {run: facts}
+    path, record = open_results(suite, cases, facts, results=results, keep=keep)
     for case in cases:
         spent = time.monotonic() - start
         if spent < limit_s:
             row = run_process([module, "--case", case], timeout_s)
         else:
             row = {"error": f"not run: the run's {limit_s:.0f} s were spent"}
-        rows.append({"case": case, "run": run, "wall_s": time.monotonic() - start - spent} | row)
+        record(case, {"wall_s": time.monotonic() - start - spent} | row)
+    return path
+
+
+def run_here(
+    suite: str, cases: Mapping[str, Callable[[], dict[str, Any]]], *, results: Path, limit_s: float, keep: bool
+) -> Path:
+    """Runs cases in this process, where they share what is loaded and compiled; for suites that measure no peaks.
+
+    Args:
+      suite: name of the file, which is written after each case.
+      cases: name -> function that runs the case and returns its row; an exception is a row with its error.
+      results, limit_s, keep: as for `run_suite`.
+
+    Returns:
+      The file's path.
+    """
+    start = time.monotonic()
+    path, record = open_results(suite, list(cases), describe_device(), results=results, keep=keep)
+    for case, run_case in cases.items():
+        spent = time.monotonic() - start
+        if spent < limit_s:
+            try:
+                row = run_case()
+            except Exception as problem:
+                traceback.print_exc()
+                row = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+        else:
+            row = {"error": f"not run: the run's {limit_s:.0f} s were spent"}
+        record(case, {"wall_s": time.monotonic() - start - spent} | row)
+    return path
+
+
+def open_results(
+    suite: str, cases: Sequence[str], facts: dict[str, Any], *, results: Path, keep: bool
+) -> tuple[Path, Callable[[str, dict[str, Any]], None]]:
+    """Starts a run of ``cases`` on the device of ``facts``.
+
+    Returns:
+      The path ``<results>/<device>/<suite>.json``, and ``record(case, row)``, which prints a row and rewrites the file.
+    """
+    run = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    path = results / slug / f"{suite}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if keep and path.exists() else {"runs": {}, "rows": []}
+    rows = [row for row in old["rows"] if row["case"] not in cases]
+    runs = {name: old["runs"][name] for name in old["runs"] if any(row["run"] == name for row in rows)} | {run: facts}
+
+    def record(case: str, row: dict[str, Any]) -> None:
+        rows.append({"case": case, "run": run} | row)
         path.write_text(json.dumps({"suite": suite, "runs": runs, "rows": rows}, indent=1) + "\n")
         print(case, row.get("error") or json.dumps(row), flush=True)
-    return path
+
+    return path, record
 
 
 def main(

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.codecs import Codec, error
+from memjax.codecs import Codec
 from memjax.core.bytes import nbytes
 from memjax.core.files import replacing
 from memjax.core.paths import expand_braces, leaf_paths, map_with_path, select
 from memjax.core.views import Axes, WeightView, is_view
-from memjax.weights import Adapted, Anchored, Dense, PackedWeight, axes_of
+from memjax.weights import Adapted, Anchored, BitPlanes, Dense, PackedWeight, axes_of
+from memjax.weights.bipolar import encode as encode_bit_planes
 
 Theta = dict[str, dict[str, jax.Array]]
 Constants = dict[str, dict[str, jax.Array]]
@@ -193,14 +194,15 @@ class Adapter(abc.ABC):
         Args:
           frozen: the tree of `prepare`; what other adapters attached to the same leaves is merged too.
           theta: trained factors.
-          to: ``"same"`` keeps each leaf's format (packed weights are encoded again), ``"dense"`` makes dense arrays,
-            a codec encodes every merged leaf.
+          to: ``"same"`` keeps each leaf's format (packed weights and bit planes are encoded again, sparse and
+            factored weights have no place for the sum), ``"dense"`` makes dense arrays, a codec encodes every merged
+            leaf.
 
         Returns:
           (merged tree, path -> `MergeError` against the exact float32 sum).
 
         Raises:
-          ValueError: an unknown ``to``, or a merged weight that is not finite.
+          ValueError: an unknown ``to``, a merged weight that is not finite, or ``"same"`` for a sparse or factored one.
         """
         if not isinstance(to, Codec) and to not in ("same", "dense"):
             raise ValueError(f"expected to='same', to='dense' or a codec, got {to!r}")
@@ -323,7 +325,10 @@ def load(folder: str | os.PathLike[str], params: Any) -> tuple[Adapter, Any, The
         settings = json.loads((folder / "adapter.json").read_text())
         if settings.pop("format", None) != FORMAT:
             raise ValueError(f"expected format {FORMAT!r}")
-        adapter = METHODS[settings.pop("method")](**settings).restored(folder)
+        method = settings.pop("method")
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is none of {', '.join(sorted(METHODS))}")
+        adapter = METHODS[method](**settings).restored(folder)
         theta = _read(folder / "adapter.safetensors")
         constants = {}
         if adapter.anchored:
@@ -378,34 +383,42 @@ def check_known(tree: Mapping[str, Any], params: Any) -> None:
         raise ValueError(f"the adapter has factors for {sorted(missing)}, which are no leaves of the params")
 
 
-def stored_like(path: str, exact: jax.Array, like: Any, to: str | Codec = "same") -> tuple[Any, MergeError]:
+def stored_like(path: str, exact: jax.Array, like: WeightView, to: str | Codec = "same") -> tuple[Any, MergeError]:
     """Stores a weight in the format of the one that it replaces.
 
     Args:
       path: for messages.
       exact: the weight, float32 or wider.
-      like: the weight that it replaces, an array or a view; its innermost base says the format.
+      like: the view that it replaces; its innermost base says the format.
       to: ``"same"``, ``"dense"`` or a codec.
 
     Returns:
-      (array or packed weight, error of storing it).
+      (array or view, error of storing it).
 
     Raises:
-      ValueError: a weight that is not finite.
+      ValueError: a weight that is not finite, or ``"same"`` for a sparse or factored weight.
     """
     if not bool(jnp.isfinite(exact).all()):
         raise ValueError(f"{path}: the merged weight is not finite")
-    base = like
+    base: Any = like
     while hasattr(base, "base"):
         base = base.base
-    codec, group_axes = to, like.axes.inputs if is_view(like) else (-2,)
-    if to == "same" and isinstance(base, PackedWeight):
-        codec, group_axes = base.packed.codec, base.packed.axes
-    if isinstance(codec, Codec):
-        packed = codec.encode(exact, group_axes).astype(like.dtype)
-        return PackedWeight(packed, like.axes), MergeError(*map(float, error(exact, packed)))
-    stored = exact.astype(like.dtype)
-    off = jnp.abs(exact - stored.astype(exact.dtype))
+    if isinstance(to, Codec):
+        stored: Any = PackedWeight(to.encode(exact, like.axes.inputs).astype(like.dtype), like.axes)
+    elif to == "same" and isinstance(base, PackedWeight):
+        packed = base.packed.codec.encode(exact, base.packed.axes).astype(like.dtype)
+        stored = dataclasses.replace(base, packed=packed)
+    elif to == "same" and isinstance(base, BitPlanes):
+        planes = encode_bit_planes(exact, base.axes, base.bits, base.activation_bits, base.group)
+        stored = planes.astype(like.dtype)
+    elif to == "dense" or isinstance(base, Dense):
+        stored = exact.astype(like.dtype)
+    else:
+        raise ValueError(
+            f"{path}: what an adapter makes of a {type(base).__name__} weight does not fit its format; merge with "
+            "to='dense' or to=a codec"
+        )
+    off = jnp.abs(exact - (stored.astype(exact.dtype).materialize() if is_view(stored) else stored))
     norm = jnp.linalg.norm(exact)
     return stored, MergeError(float(jnp.max(off)), float(jnp.where(norm == 0, 0.0, jnp.linalg.norm(off) / norm)))
 

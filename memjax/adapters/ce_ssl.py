@@ -34,8 +34,8 @@ from memjax.adapters.adapter import (
     path_seed,
 )
 from memjax.adapters.lora import check_factors
+from memjax.adapters.matrices import matrix_of, per_matrix
 from memjax.adapters.ranks import Ranks, check_patterns, check_ranks, masked, ranks_of
-from memjax.adapters.stacks import matrix_of, per_matrix
 from memjax.core import jaxpr_compat
 from memjax.core.views import Axes, WeightView
 from memjax.weights import Delta, LowRank, lift

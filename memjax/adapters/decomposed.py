@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from memjax import codecs
 from memjax.adapters.adapter import Adapter, Constants, Theta, path_seed
 from memjax.adapters.lora import Lora, check_rank, lora
-from memjax.adapters.stacks import matrix_of, per_matrix
+from memjax.adapters.matrices import matrix_of, per_matrix
 from memjax.codecs import Codec
 from memjax.core.paths import leaf_paths
 from memjax.core.views import WeightView

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from memjax.adapters.adapter import METHODS, Constants, Theta, check_vector
 from memjax.adapters.lora import Initializer, Lora, check_factors, lora
-from memjax.adapters.stacks import matrix_of, per_matrix
+from memjax.adapters.matrices import matrix_of, per_matrix
 from memjax.core.views import Axes, WeightView
 from memjax.weights import Adapted, LowRank, Rescaled
 from memjax.weights.adapted import drop

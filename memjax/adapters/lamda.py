@@ -35,8 +35,8 @@ from memjax.adapters.adapter import (
     path_seed,
 )
 from memjax.adapters.lora import Lora, lora
+from memjax.adapters.matrices import matrix_of, per_matrix
 from memjax.adapters.ranks import Ranks, check_patterns, check_ranks, masked, ranks_of
-from memjax.adapters.stacks import matrix_of, per_matrix
 from memjax.core.paths import leaf_paths, map_with_path
 from memjax.core.views import Axes, WeightView
 from memjax.weights import Anchored, Delta, LowRank
@@ -404,8 +404,8 @@ def progressive_freeze(
     def update(updates: Any, state: ProgressiveFreezeState, params: Any = None) -> Any:
         if not isinstance(updates, dict) or not all(isinstance(factors, dict) for factors in updates.values()):
             raise TypeError("progressive_freeze expects the updates of an adapter: path -> factor name -> array")
-        masked_updates = {path: _masked_rows(factors, state.step) for path, factors in updates.items()}
-        return masked_updates, ProgressiveFreezeState(state.step + 1)
+        live = {path: _masked_rows(factors, state.step) for path, factors in updates.items()}
+        return live, ProgressiveFreezeState(state.step + 1)
 
     def _masked_rows(factors: dict[str, Any], count: jax.Array) -> dict[str, Any]:
         if "s" not in factors or not hasattr(factors.get("b"), "shape"):

@@ -27,6 +27,7 @@ from memjax.adapters.squarehead import check_temperature, distillation_kl, weigh
 from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
 from memjax.core.views import Axes, WeightView, is_view
 from memjax.weights import Dense, axes_of, lift
+from memjax.weights.quantize import check_table
 
 
 def lrec_init(
@@ -222,6 +223,7 @@ def act_rms(
       TypeError: a weight that is convolved with, or multiplied along its outputs.
     """
     leaves = dict(leaf_paths(params))
+    check_table(params, axes)
     views: dict[str, WeightView] = {}
     for path in select(params, where):
         leaf = leaves[path]

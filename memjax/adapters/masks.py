@@ -19,6 +19,7 @@ import optax
 from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
 from memjax.core.views import Axes, is_view
 from memjax.weights import axes_of
+from memjax.weights.quantize import check_table
 
 Masks = dict[str, jax.Array]
 Score = str | Callable[[str, jax.Array], jax.Array]
@@ -70,6 +71,7 @@ def prune(
     if not 0 <= float(share) <= 1 or (pattern is None and share == 1):
         raise ValueError(f"expected an amount in [0, 1) and a fraction in [0, 1], got {amount=}, {fraction=}")
     chosen = set(select(params, where))
+    check_table(params, axes)
     new: Masks = {}
 
     def cut(path: str, leaf: Any) -> Any:
@@ -172,6 +174,7 @@ def gradual(
     def init(params: Any) -> GradualState:
         leaves = dict(leaf_paths(params))
         chosen = select(params, where)
+        check_table(params, axes)
         for path in chosen:
             jax.eval_shape(lambda w, path=path: _keep(path, w, parsed, 0.0, score, None, axes), leaves[path])
         masks = {path: pack_mask(jnp.ones(leaves[path].shape, bool)) for path in chosen}

@@ -159,6 +159,26 @@ def test_merge_refuses_what_is_not_finite_and_unknown_formats():
         adapter.merge(params(), theta)
 
 
+def test_merge_keeps_the_format_or_says_that_it_cannot():
+    w = {"kernel": array(0, 2, 16, 8)}
+    adapter = adapters.lora(rank=2)
+    theta = trained(adapter, w)
+    packed = weights.quantize(w, codecs.int6(group=8))
+    integer = weights.integer_activations(packed, {"kernel": weights.ActivationQuant(6, 16)})
+    for frozen in (integer, weights.bipolar(w, 3, 8, group=8)):
+        merged, report = adapter.merge(frozen, theta)
+        assert jax.tree.structure(merged) == jax.tree.structure(frozen)
+        exact = naive(frozen, theta, 1.0)["kernel"]
+        off = float(jnp.linalg.norm(merged["kernel"].materialize() - exact) / jnp.linalg.norm(exact))
+        assert 0 < report["kernel"].relative_frobenius == pytest.approx(off, rel=1e-4) and off < 0.3
+    sparse, factored = weights.sparsify(w, "2:4"), weights.factorize(w, 2)
+    for frozen, name in ((sparse, "NMSparse"), (factored, "Factored")):
+        with pytest.raises(ValueError, match=f"kernel: what an adapter makes of a {name} weight does not fit"):
+            adapter.merge(frozen, theta)
+        assert_close(adapter.merge(frozen, theta, to="dense")[0], naive(frozen, theta, 1.0))
+        assert adapter.merge(frozen, theta, to=CODEC)[0]["kernel"].packed.codec == CODEC
+
+
 def test_two_adapters_add_up():
     frozen = weights.quantize(params(), CODEC)
     first, second = adapters.lora(rank=2, targets="head/*"), adapters.lora(rank=3, alpha=6, targets="**/kernel")
@@ -358,10 +378,10 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     adapter.save(tmp_path, theta)
     settings = json.loads((tmp_path / "adapter.json").read_text())
 
-    def refused(changed):
+    def refused(changed, why=""):
         text = changed if isinstance(changed, str) else json.dumps(changed)
         (tmp_path / "adapter.json").write_text(text)
-        with pytest.raises(ValueError, match="is not a readable adapter"):
+        with pytest.raises(ValueError, match=f"is not a readable adapter: .*{why}"):
             adapters.load(tmp_path, params())
 
     for changed in (
@@ -374,9 +394,9 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         {**settings, "axes": {"a": 3}},
         {**settings, "axes": [1]},
         {**settings, "dtype": "float99"},
-        {**settings, "method": "telepathy"},
     ):
         refused(changed)
+    refused({**settings, "method": "telepathy"}, "method 'telepathy' is none of bias_only, .*, vera")
     (tmp_path / "adapter.json").write_text(json.dumps(settings))
     whole = (tmp_path / "adapter.safetensors").read_bytes()
     (tmp_path / "adapter.safetensors").write_bytes(whole[:-3])

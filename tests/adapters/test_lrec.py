@@ -138,6 +138,8 @@ def test_inputs_are_measured_through_scans_checkpoints_vmaps_and_views():
     assert_close(adapters.act_rms(net, packed, x, axes=axes), expected)
     mapped = lambda params, x: jax.vmap(net, (None, 0))(params, x[:, None])  # noqa: E731
     assert_close(adapters.act_rms(mapped, packed, x, axes=axes), expected)
+    with pytest.raises(ValueError, match="pattern 'tail' matches no leaf"):
+        adapters.act_rms(lambda p: p, {"kernel": jnp.ones((2, 2))}, axes={"tail": (0, 1)})
     with pytest.raises(ValueError, match="wide/kernel: the outputs of the function do not depend"):
         adapters.act_rms(lambda p, x: x @ p["layers"]["kernel"][0], tree, x, where="wide/kernel")
 

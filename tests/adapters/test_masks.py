@@ -138,6 +138,9 @@ def test_refusals():
             adapters.prune(p, amount)
     with pytest.raises(ValueError, match="head/kernel: groups of 5 do not divide the 12 inputs"):
         adapters.prune(p, "2:5", "head/kernel")
+    for prune in (adapters.prune, lambda p, _, **settings: adapters.gradual(lambda _: 0.5, **settings).init(p)):
+        with pytest.raises(ValueError, match="pattern 'tail' matches no leaf"):
+            prune(params(), 0.5, axes={"tail": (0, 1)})
     with pytest.raises(ValueError, match="is for 'n:m' patterns"):
         adapters.prune(p, 0.5, fraction=0.5)
     with pytest.raises(TypeError, match="head/kernel: expected a dense array"):
