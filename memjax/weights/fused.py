@@ -38,6 +38,7 @@ def kernel_format(packed: Packed, axes: Axes, casts: tuple[Any, ...]) -> kernels
     return None if kernels.unsupported(form, *packed.shape) else form
 
 
+@jax.jit  # constants of a codec stay inside: under jax.checkpoint a gradient rule must not bring new ones
 def _operands(packed: Packed) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array | None]:
     scale = packed.codec.scales(packed.scale).astype(jnp.bfloat16)
     offset = packed.offset

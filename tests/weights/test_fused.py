@@ -35,7 +35,7 @@ def model(params, x):
     def layer(x, p):
         return x + jax.nn.silu(x @ p["up"]["kernel"]) @ p["down"]["kernel"], None
 
-    return lax.scan(layer, x, params)[0]
+    return lax.scan(jax.checkpoint(layer), x, params)[0]
 
 
 def value_and_gradient(params, x):
