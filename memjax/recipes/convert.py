@@ -132,6 +132,8 @@ class Merged(NamedTuple):
     leaves: list[tuple[str, adapters.MergeError]]
 
     def __str__(self) -> str:
+        if not self.leaves:
+            return f"{self.method} merged into vectors; nothing was lost but the rounding to their dtype"
         width = max(len(path) for path, _ in self.leaves)
         lines = [f"{self.method} merged into {len(self.leaves)} weights; what storing them lost:"]
         lines += [f"{'weight':<{width}}  {'max abs':>9}  {'rel. err':>9}"]
@@ -175,7 +177,11 @@ def merge_model(
         if not is_view(leaf):
             return narrow
         if leaf is not before[path]:
-            stored, report[path] = stored_like(path, leaf.astype(jnp.float32).materialize(), narrow, to)
+            try:
+                exact = leaf.astype(jnp.float32).materialize()
+            except ValueError as problem:
+                raise ValueError(f"{path}: {problem}") from None
+            stored, report[path] = stored_like(path, exact, narrow, to)
             return stored
         return narrow.materialize() if format == "dense" else narrow
 

@@ -22,6 +22,7 @@ from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.formats import Format, codec_of
 from memjax.recipes.generation import continue_tokens
 from memjax.recipes.loss import chunked_cross_entropy
+from memjax.recipes.methods import AdapterName, complete, make_adapter, with_schedule
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
 from memjax.recipes.train import LossFn, Schedule, check_finite, init_state, make_optimizer, make_step
@@ -40,9 +41,9 @@ class FinetuneSettings:
       model: smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name.
       data: .txt, .jsonl (prompt and completion, or messages), or kjv (packaged).
       adapter: the method.
-      rank: rank of the adapter.
-      alpha: scale of the adapter times its rank; by default twice the rank.
-      targets: patterns of the weights that are adapted.
+      rank: rank of the adapter; by default the method's (lora: 16), as for alpha, targets and lr.
+      alpha: scale of the adapter times its rank (lora: twice the rank).
+      targets: patterns of the weights that are adapted (lora: all linear layers).
       dropout: on the adapter's input.
       format: how the frozen weights are held: as in the file, dense, or the targets encoded (the rest as in the file).
       group: weights per scale of encoded weights.
@@ -51,7 +52,7 @@ class FinetuneSettings:
       seq: tokens per sequence.
       accumulate: microbatches that the batch is divided into.
       steps: training steps.
-      lr: highest learning rate.
+      lr: highest learning rate (lora: 2e-3).
       schedule: of the learning rate after the warm-up.
       warmup: steps of linear warm-up.
       weight_decay: decoupled weight decay.
@@ -74,10 +75,10 @@ class FinetuneSettings:
 
     model: str
     data: str = "kjv"
-    adapter: Literal["lora"] = "lora"
-    rank: int = 16
+    adapter: AdapterName = "lora"
+    rank: int | None = None
     alpha: float | None = None
-    targets: tuple[str, ...] = ("**/{q,k,v,o,gate,up,down}_proj/kernel",)
+    targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     format: Format = "keep"
     group: int = 64
@@ -86,7 +87,7 @@ class FinetuneSettings:
     seq: int = 128
     accumulate: int = 1
     steps: int = 50
-    lr: float = 2e-3
+    lr: float | None = None
     schedule: Schedule = "constant"
     warmup: int = 0
     weight_decay: float = 0.0
@@ -160,7 +161,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
 
     Returns:
       `FinetuneResult`; the folder ``out`` holds ``adapter/``, ``checkpoints/``, ``metrics.jsonl``,
-      ``held_out.jsonl``, ``report.json``, ``report.png`` and ``samples.json``.
+      ``held_out.jsonl``, ``report.json``, ``report.png`` and ``samples.json``, and ``start/`` for adapters with
+      constants.
 
     Raises:
       ValueError: bad settings, model or data; or settings other than those of the run that is resumed.
@@ -176,16 +178,22 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
     if settings.accumulate < 1 or settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
+    chosen = complete(
+        settings.adapter, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, lr=settings.lr
+    )
+    settings = dataclasses.replace(settings, **chosen._asdict())
     tx = make_optimizer(
-        settings.lr,
+        chosen.lr,
         settings.steps,
         schedule=settings.schedule,
         warmup=settings.warmup,
         weight_decay=settings.weight_decay,
         clip=settings.clip,
     )
+    tx = with_schedule(settings.adapter, tx, settings.steps)
     model = load_model(settings.model, settings.format, settings.group, settings.dtype)
-    if not isinstance(model.config, models.LlamaConfig):
+    config = model.config
+    if not isinstance(config, models.LlamaConfig):
         raise ValueError(f"{settings.model} is an encoder; finetune trains decoders on the next token")
     if model.tokenizer is None:
         raise ValueError(f"{settings.model} has no tokenizer, which the data needs")
@@ -199,28 +207,29 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     )
     held_out = data_.take(held_out, slice(settings.eval_windows))
     loader = data_.Loader(train, settings.batch, settings.seed)
-    alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
-    adapter = adapters.lora(rank=settings.rank, alpha=alpha, targets=settings.targets, dropout=settings.dropout)
-    frozen, start = adapter.prepare(jax.random.key(settings.seed), model.params)
+    adapter = make_adapter(settings.adapter, model.params, chosen, settings.dropout)
 
     out = Path(settings.resume or settings.out or f"runs/{Path(settings.model).stem}-{settings.adapter}")
     recorded = dataclasses.asdict(settings) | {
-        "targets": list(settings.targets),
+        "targets": list(chosen.targets),
         "dtype": str(model.params["norm"]["scale"].dtype),
         "data_sha256": data_.digest(data_.find(settings.data)),
     }
-    state = init_state(jax.tree.map(jnp.copy, start), tx)  # a copy, because a training step donates its state
     checkpoints = Checkpoints(out, keep=settings.keep)
     if settings.resume:
         check_same(checkpoints.settings(), recorded, FREE_SETTINGS)
+    elif checkpoints.steps():
+        raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+    frozen, start = _start(adapter, model.params, settings, out)
+    model = dataclasses.replace(model, params=frozen)  # methods that rebase the weights have made others of them
+    state = init_state(jax.tree.map(jnp.copy, start), tx)  # a copy, because a training step donates its state
+    if settings.resume:
         state = checkpoints.restore(state)
         if int(state.step) >= settings.steps:
             raise ValueError(
                 f"the run in {out} is finished: {settings.steps} steps are done, nothing is left to resume"
             )
         console.print(f"resuming after step {int(state.step)} of {settings.steps}")
-    elif checkpoints.steps():
-        raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     done = int(state.step)
     metrics_log = MetricsLog(out / "metrics.jsonl", done)
     held_out_log = MetricsLog(out / "held_out.jsonl", done + 1)
@@ -284,7 +293,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     rows = settings.batch // settings.accumulate
     microbatch = data_.take(loader.batch_at(0), slice(rows))
     activations = residual_bytes(loss, state.theta, frozen, microbatch, jax.random.key(0))
-    activations += working_bytes(model.config, frozen, rows, settings.seq, settings.chunk)
+    activations += working_bytes(config, frozen, rows, settings.seq, settings.chunk)
     report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
     checkpoints.close()
     adapter.save(out / "adapter", state.theta, frozen)
@@ -307,6 +316,20 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     _write(result, recorded, [(row["step"], row["nll"]) for row in evaluations.values()])
     _show(result, console)
     return result
+
+
+def _start(adapter: adapters.Adapter, params: Any, settings: FinetuneSettings, out: Path) -> tuple[Any, Any]:
+    """Returns the frozen tree and the adapter at its start; both the same, bit by bit, when a run is resumed.
+
+    Constants that come from the weights, such as singular vectors, might not come out alike a second time: a run with
+    constants keeps its start in ``start/``.
+    """
+    if settings.resume and adapter.anchored:
+        return adapters.load(out / "start", params)[1:]
+    frozen, theta = adapter.prepare(jax.random.key(settings.seed), params)
+    if adapter.anchored:
+        adapter.save(out / "start", theta, frozen)
+    return frozen, theta
 
 
 def _prompt(settings: FinetuneSettings, model: models.Model, held_out: data_.Windows) -> list[int]:
@@ -365,7 +388,8 @@ def _write(result: FinetuneResult, settings: dict[str, Any], held_out: list[tupl
     (result.out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     samples = {"prompt": result.prompt, "before": result.sample_before, "after": result.sample_after}
     (result.out / "samples.json").write_text(json.dumps(samples, indent=2) + "\n", encoding="utf-8")
-    title = f"{Path(settings['model']).name}, {settings['adapter']} rank {settings['rank']}, on {settings['data']}"
+    rank = "" if settings["rank"] is None else f" rank {settings['rank']}"
+    title = f"{Path(settings['model']).name}, {settings['adapter']}{rank}, on {settings['data']}"
     plot_run(result.out / "report.png", result.losses, sorted(held_out), result.report, title)
 
 

@@ -18,11 +18,12 @@ from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view
 from memjax.models import LlamaConfig
 from memjax.recipes.train import TrainState
-from memjax.weights import PackedWeight
+from memjax.weights import Anchored, Dense, PackedWeight
 
 CATEGORIES = (
     "packed weights",
     "dense weights",
+    "adapter constants",
     "trained weights",
     "gradients",
     "optimizer state",
@@ -107,8 +108,8 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
     """
     dtype = params["norm"]["scale"].dtype
     item, tokens = dtype.itemsize, batch * seq
-    in_layer = [leaf.size // config.num_layers for _, leaf in leaf_paths(params["layers"]) if is_view(leaf)]
-    at_head = [leaf.size for _, leaf in leaf_paths(params.get("lm_head", params["embed_tokens"])) if is_view(leaf)]
+    in_layer = [leaf.size // config.num_layers for _, leaf in leaf_paths(params["layers"]) if _is_packed(leaf)]
+    at_head = [leaf.size for _, leaf in leaf_paths(params.get("lm_head", params["embed_tokens"])) if _is_packed(leaf)]
     shared = 4 * config.hidden_size
     mlp = 6 * config.intermediate_size
     attention = 4 * config.head_dim * (config.num_heads + config.num_kv_heads)
@@ -152,18 +153,30 @@ def byte_report(
       ValueError: the compiled step has smaller arguments than ``frozen`` and ``state``: it is of other
         shapes.
     """
-    packed = sum(nbytes(leaf) for _, leaf in leaf_paths(frozen) if is_view(leaf))
-    held = (packed, nbytes(frozen) - packed, nbytes(state.theta), nbytes(state.opt_state))
+    anchors = [leaf for _, leaf in leaf_paths(frozen) if isinstance(leaf, Anchored)]
+    constants = sum(nbytes(leaf.constants) for leaf in anchors)
+    packed = sum(nbytes(_weight(leaf)) for _, leaf in leaf_paths(frozen) if _is_packed(leaf))
+    dense = nbytes(frozen) - packed - constants
+    held = (packed, dense, constants, nbytes(state.theta), nbytes(state.opt_state))
     if compiled.argument < sum(held):
         raise ValueError(
             f"the compiled step takes {compiled.argument} bytes, less than the {sum(held)} bytes of its weights and "
             "state: it was compiled for others, or does not use all of them"
         )
-    formula = (*held[:3], held[2] * (2 if accumulate > 1 else 1), held[3], activation_bytes)
-    by_xla = (*held[:3], None, held[3], compiled.total - sum(held))
+    formula = (*held[:4], held[3] * (2 if accumulate > 1 else 1), held[4], activation_bytes)
+    by_xla = (*held[:4], None, held[4], compiled.total - sum(held))
     peak, measured_by = measured_peak()
     rows = [ByteRow(name, f, c, None) for name, f, c in zip(CATEGORIES, formula, by_xla, strict=True)]
     return ByteReport((*rows, ByteRow("total", sum(formula), compiled.total, peak)), measured_by)
+
+
+def _weight(leaf: Any) -> Any:
+    """Returns a leaf of a frozen tree without an adapter's constants."""
+    return leaf.base if isinstance(leaf, Anchored) else leaf
+
+
+def _is_packed(leaf: Any) -> bool:
+    return is_view(_weight(leaf)) and not isinstance(_weight(leaf), Dense)
 
 
 def measured_peak() -> tuple[int, str]:

@@ -147,7 +147,8 @@ def make_step(
         new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         return new, Metrics(loss, optax.tree.norm(grads), count, finite)
 
-    return jax.jit(step, donate_argnums=0)
+    # Constants that only the start of an adapter needs are held all the same: they stay arguments, and are counted.
+    return jax.jit(step, donate_argnums=0, keep_unused=True)
 
 
 def check_finite(metrics: Metrics, step: int) -> None:
