@@ -1,5 +1,13 @@
-"""Eight simulated CPU devices for every test; set before jax is imported."""
+"""How every test runs, set before jax is imported: on eight simulated CPU devices, from code that compiles quickly.
+
+Nearly all programs of the tests are small and run once, so compiling them without LLVM's optimizations, in one piece,
+takes a third off the time of the tests. XLA's own passes, which decide what is fused and what memory a program takes,
+run as ever.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+flags = ["--xla_force_host_platform_device_count=8"]
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    flags += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])

@@ -1,7 +1,5 @@
 """A small model whose layers are a stack that a scan slices, for tests of single methods."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from tests.random_views import array
 
 X = array(0, 8, 16)
 KEY = jax.random.key(0, impl="rbg")  # draws of many shapes compile faster than from the default generator
-QUICKLY = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is what takes time
 
 
 def params():
@@ -31,7 +28,7 @@ def model(params, x):
     return x @ params["head"]["kernel"]
 
 
-@functools.partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 def outputs(params):
     """Returns what the model makes of ``X``, its params dense or views."""
     return lift(model)(params, X)
@@ -40,7 +37,7 @@ def outputs(params):
 def gradients(adapter, frozen, theta, key=None):
     """Returns the gradient of a loss by theta."""
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def run(theta, frozen):
         return jax.grad(lambda theta: jnp.sum(jnp.sin(lift(model)(adapter.attach(frozen, theta, key), X))))(theta)
 

@@ -13,7 +13,7 @@ from memjax import adapters, codecs, weights
 from memjax.adapters import AdapterBytes, ce_ssl, concat_batches, cutmix, plan_ranks_one_shot
 from memjax.core.paths import leaf_paths
 from memjax.weights import lift
-from tests.adapters.small import KEY, QUICKLY, X, gradients, model, moved, params
+from tests.adapters.small import KEY, X, gradients, model, moved, params
 from tests.random_views import array, assert_close
 
 KEYS = [jax.random.key(i) for i in range(3)]
@@ -111,8 +111,7 @@ def test_under_shard_map_layers_rest_together():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     grads, specs = jax.grad(loss, (0, 1)), (spec(), spec("data"))
     sharded = jax.shard_map(grads, mesh=mesh, in_specs=specs, out_specs=specs)
-    quickly = functools.partial(jax.jit, compiler_options=QUICKLY)
-    assert_close(quickly(sharded)(theta, X), quickly(grads)(theta, X), 5e-6)
+    assert_close(jax.jit(sharded)(theta, X), jax.jit(grads)(theta, X), 5e-6)
 
 
 def test_lookups_and_convolutions_rest_too():
@@ -152,7 +151,7 @@ def test_the_plan_ranks_layers_by_their_first_gradient(score, packed):
     theta = ce_ssl(rank).init(KEY, frozen)
     dense = weights.materialize(frozen)
     totals = {}
-    gradient = jax.jit(jax.grad(loss_fn), compiler_options=QUICKLY)
+    gradient = jax.jit(jax.grad(loss_fn))
     for batch in batches():
         whole = dict(leaf_paths(gradient(dense, batch)))  # dW; dB = A^T dW
         for path, w in leaf_paths(dense):

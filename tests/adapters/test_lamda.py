@@ -15,7 +15,7 @@ from memjax.adapters import AdapterBytes, frozen_rows, lamda, lamda_plan, progre
 from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.core.paths import leaf_paths
 from memjax.weights import lift
-from tests.adapters.small import KEY, QUICKLY, X, constants_of, gradients, model, moved, outputs, params
+from tests.adapters.small import KEY, X, constants_of, gradients, model, moved, outputs, params
 from tests.random_views import array, assert_close
 
 INITS = ["svd_residual", "svd_zero", "reference"]
@@ -138,7 +138,7 @@ def stepper(adapter, tx):
     def loss(theta, frozen):
         return jnp.mean(jnp.square(lift(model)(adapter.attach(frozen, theta), X)))
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def step(theta, state, frozen):
         updates, state = tx.update(jax.grad(loss)(theta, frozen), state, theta)
         return optax.apply_updates(theta, updates), state

@@ -27,7 +27,6 @@ from tests.random_views import array, assert_close, kept_by_reverse_mode, moved
 
 DEPTH, D, F, RANK, ROWS = 2, 8, 16, 2, 4
 ALL = "**/kernel"
-QUICKLY = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is what takes time
 KERNELS = {"layers/k_proj/kernel": (DEPTH, D, F), "layers/down_proj/kernel": (DEPTH, F, D), "head/kernel": (1, D, D)}
 """Path -> (matrices, d_in, d_out)."""
 
@@ -275,7 +274,7 @@ def test_values_and_gradients_are_those_of_the_dense_weight(name):
             y, back = jax.vjp(fn, theta, x)
             return y, back(jax.tree.map(jnp.cos, y))
 
-        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        @jax.jit
         def both(theta):
             return (
                 run(lambda theta, x: through_transforms(adapter.attach(frozen, theta), x), theta, x),

@@ -14,7 +14,7 @@ from memjax.adapters import allocate_budget, init_budget, snell, snella, update_
 from memjax.core.bytes import compiled_bytes
 from memjax.core.views import Axes
 from memjax.weights import lift
-from tests.adapters.small import KEY, QUICKLY, constants_of, moved
+from tests.adapters.small import KEY, constants_of, moved
 from tests.random_views import array, assert_close
 
 N, M = 12, 20
@@ -85,7 +85,7 @@ def test_values_and_gradients_equal_the_dense_formula(case):
             w, _ = dense(adapter, theta["w"], count)
             return x @ w, z @ w.T, w[rows], w.T[columns], w
 
-        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        @jax.jit
         def both(theta):
             results = []
             for fn in (products, reference):
