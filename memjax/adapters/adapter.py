@@ -213,8 +213,7 @@ class Adapter(abc.ABC):
         def fold(path: str, leaf: Any) -> Any:
             if not is_view(leaf) or leaf is before[path]:
                 return leaf
-            exact = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).materialize()
-            merged, report[path] = stored_like(path, exact, leaf, to)
+            merged, report[path] = stored_like(path, _exact(leaf), leaf, to)
             return merged
 
         return map_with_path(fold, attached), report
@@ -381,6 +380,12 @@ def check_known(tree: Mapping[str, Any], params: Any) -> None:
     missing = set(tree) - {path for path, _ in leaf_paths(params)}
     if missing:
         raise ValueError(f"the adapter has factors for {sorted(missing)}, which are no leaves of the params")
+
+
+@jax.jit
+def _exact(view: WeightView) -> jax.Array:
+    """Returns the dense weight, float32 or wider."""
+    return view.astype(jnp.promote_types(view.dtype, jnp.float32)).materialize()
 
 
 def stored_like(path: str, exact: jax.Array, like: WeightView, to: str | Codec = "same") -> tuple[Any, MergeError]:
