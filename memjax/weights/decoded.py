@@ -58,6 +58,7 @@ def linear(
     x: jax.Array,
     stored: Any,
     forward: Callable[[jax.Array, Any], jax.Array] | None = None,
+    gradient: Callable[[jax.Array, Any], jax.Array] | None = None,
 ) -> jax.Array:
     """Returns ``multiply(x, stored)``, linear in x, evaluated again for the backward pass; only ``stored`` is kept.
 
@@ -66,6 +67,7 @@ def linear(
       x: the operand that has a gradient.
       stored: a pytree of frozen leaves.
       forward: computes the value in place of ``multiply``, whose transpose stays the gradient (straight-through).
+      gradient: that transpose, where it is to be computed in another way than JAX derives.
     """
     x = jaxpr_compat.vary_like(x, jax.tree.leaves(stored))
     like = jaxpr_compat.abstract_like(x.shape, x.dtype, [x])
@@ -78,6 +80,8 @@ def linear(
         return apply(x, stored), stored
 
     def backward(stored: Any, g: jax.Array) -> tuple[jax.Array, None]:
+        if gradient is not None:
+            return gradient(g, stored).astype(like.dtype), None
         return jax.linear_transpose(lambda x: multiply(x, stored), like)(g)[0], None
 
     apply.defvjp(apply_and_keep, backward)

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from memjax.codecs import NestedScale, Packed
+from memjax.core import jaxpr_compat
 from memjax.core.views import Axes
 from memjax.weights import fused
 from memjax.weights.decoded import Decoded, linear
 from memjax.weights.dense import cast_chain, product
+
+WIDE_BYTES = 2**28
+_MOST_BLOCKS = 64
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["axes"])
@@ -50,13 +54,65 @@ class PackedWeight(Decoded):
         settings = {"precision": precision, "preferred_element_type": preferred_element_type}
         form = None if transpose else fused.kernel_format(self.packed, self.axes, casts)
         if form is None or not fused.takes(x, settings):
-            return super().dot(x, transpose=transpose, casts=casts, **settings)
+            count = 1 if transpose else self._blocks(casts)
+            if count == 1:
+                return super().dot(x, transpose=transpose, casts=casts, **settings)
+            return linear(
+                lambda x, view: view._in_blocks(x, count, casts, settings),
+                x,
+                self,
+                gradient=lambda g, view: view._gradient_in_blocks(g, count, casts, precision),
+            )
         return linear(
             lambda x, view: product(x, view.dense(casts), contract=(-2,), batch_ndim=0, **settings),
             x,
             self,
             forward=lambda x, view: fused.multiply(x, view.packed, form, preferred_element_type or x.dtype),
         )
+
+    def _blocks(self, casts: tuple[Any, ...]) -> int:
+        """Returns in how many blocks of output features the weight is decoded, so that none exceeds `WIDE_BYTES`.
+
+        The head of a language model is many times the size of any other weight.
+        """
+        if self.ndim != 2 or self.axes != Axes() or self.packed.axes != (-2,):
+            return 1
+        dense_bytes = self.size * jnp.dtype(casts[-1] if casts else self.dtype).itemsize
+        widths = {leaf.shape[-1] for leaf in jax.tree.leaves(self.packed)} - {1}
+        enough = range(max(1, -(-dense_bytes // WIDE_BYTES)), _MOST_BLOCKS + 1)
+        n = self.shape[-1]
+        whole = 128 if n % 128 == 0 else 1  # as the kernels take them
+        fits = (c for c in enough if n % (c * whole) == 0 and not any(width % c for width in widths))
+        return next(fits, 1)
+
+    def _block(self, i: jax.Array, count: int, casts: tuple[Any, ...]) -> jax.Array:
+        """Returns the decoded block ``i`` of ``count`` blocks of output features."""
+
+        def cut(leaf: Any) -> Any:
+            width = leaf.shape[-1] // count
+            return jax.lax.dynamic_slice_in_dim(leaf, i * width, width, -1) if width else leaf
+
+        return replace(self, packed=jax.tree.map(cut, self.packed)).dense(casts)
+
+    def _in_blocks(self, x: jax.Array, count: int, casts: tuple[Any, ...], settings: dict[str, Any]) -> jax.Array:
+        def one(i: jax.Array) -> jax.Array:
+            return product(x, self._block(i, count, casts), contract=(-2,), batch_ndim=0, **settings)
+
+        parts = jnp.moveaxis(jax.lax.map(one, jnp.arange(count)), 0, -2)
+        return parts.reshape(*x.shape[:-1], self.shape[-1])
+
+    def _gradient_in_blocks(self, g: jax.Array, count: int, casts: tuple[Any, ...], precision: Any) -> jax.Array:
+        width, sums = g.shape[-1] // count, jnp.promote_types(g.dtype, jnp.float32)
+
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_slice_in_dim(g, i * width, width, -1)
+            block = self._block(i, count, casts)
+            options = {"precision": precision, "preferred_element_type": sums}
+            return total + product(part.astype(block.dtype), block, contract=(-1,), batch_ndim=0, **options)
+
+        zeros = jnp.zeros((*g.shape[:-1], self.shape[-2]), sums)
+        start = jaxpr_compat.vary_like(zeros, [g, *jax.tree.leaves(self)])
+        return jax.lax.fori_loop(0, count, add, start)
 
     def dense(self, casts: tuple[Any, ...]) -> jax.Array:
         form = fused.kernel_format(self.packed, self.axes, casts)

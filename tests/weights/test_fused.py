@@ -76,3 +76,25 @@ def test_what_the_kernels_cannot_take_goes_the_usual_way(hopper):
         assert fused.kernel_format(view.packed, view.axes, ()) is None
     assert not fused.takes(jnp.zeros((4, 128)), {}) and not fused.takes(jnp.zeros((0, 128), jnp.bfloat16), {})
     assert not fused.takes(jnp.zeros((4, 128), jnp.bfloat16), {"precision": lax.Precision.HIGHEST})
+
+
+@pytest.mark.parametrize("codec", [codecs.int8(), codecs.nf4()], ids=["int8", "nf4"])
+def test_a_wide_weight_is_decoded_in_blocks(codec, monkeypatch):
+    view = weights.quantize({"kernel": array(0, 3, 256, 4096)}, codec)["kernel"]
+    inputs = array(1, 3, 8, 256)
+
+    def run(views, inputs):
+        def step(total, part):
+            view, x = part
+            y, back = jax.vjp(lambda x: lift(lambda w, x: x @ w)(view, x), x)
+            return total + y, back(jnp.cos(y))[0]
+
+        return lax.scan(step, jnp.zeros((8, 4096)), (views, inputs))
+
+    whole = jax.jit(run).lower(view, inputs).compile()
+    monkeypatch.setattr("memjax.weights.packed.WIDE_BYTES", 2**20)
+    blocks = jax.jit(lambda *args: run(*args)).lower(view, inputs).compile()
+    for a, b in zip(whole(view, inputs), blocks(view, inputs)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+    saved = whole.memory_analysis().temp_size_in_bytes - blocks.memory_analysis().temp_size_in_bytes
+    assert saved > 1.5 * 2**20  # of the four that the dense weight takes
