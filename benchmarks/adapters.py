@@ -215,7 +215,7 @@ class Bench:
         evaluate = make_evaluate(lambda theta, frozen, batch, key: loss(theta, frozen, batch, None))
 
         def held_out(theta: Any, frozen: Any, windows: Windows) -> float:
-            return evaluate(theta, frozen, windows, WINDOWS).nll
+            return evaluate(theta, frozen, windows, len(windows.inputs)).nll
 
         before, after, finite, rates = [], [], True, {}
         lr = method.rates[0]
