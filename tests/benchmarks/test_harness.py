@@ -145,3 +145,21 @@ def test_command_line_names_the_cases_when_none_matches(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         harness.main("suite", "benchmarks.suite", ["a/b"], lambda case: {}, default="*")
     assert "no case matches ['nothing*']; there are a/b" in capsys.readouterr().err
+
+
+def test_cases_of_one_process_are_recorded_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "describe_device", lambda: FACTS)
+    path = tmp_path / "card-9000" / "fake.json"
+    seen = []
+
+    def fails():
+        seen.extend(row["case"] for row in json.loads(path.read_text())["rows"])
+        raise ValueError("no")
+
+    cases = {"good": lambda: {"value": 1.5}, "bad": fails}
+    assert harness.run_here("fake", cases, results=tmp_path, limit_s=100, keep=False) == path
+    good, bad = json.loads(path.read_text())["rows"]
+    assert good["value"] == 1.5 and bad["error"] == "ValueError: no" and seen == ["good"]
+    harness.run_here("fake", {"late": dict}, results=tmp_path, limit_s=0, keep=True)
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["good", "bad", "late"]
+    assert json.loads(path.read_text())["rows"][2]["error"] == "not run: the run's 0 s were spent"
