@@ -181,7 +181,39 @@ def _adapters(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]
     return [ADAPTERS_NOTE, said, _table(header, lines)]
 
 
-TABLES = {"formats": _formats, "adapters": _adapters}
+def _products(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `packed_matmul`: one per weight, a line per format, way and number of rows."""
+    parts = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        lines = []
+        of_shape = [row for row in rows if row["shape"] == shape]
+        dense = {
+            (row["run"], call["what"][0], call["rows"]): call["us"]
+            for row in of_shape
+            if row["format"] == "bf16"
+            for call in row["calls"]
+        }
+        for row in of_shape:
+            for call in row["calls"]:
+                kind = "d" if call["what"].startswith("dy") else "x"
+                base = None if call["what"] == "decode only" else dense.get((row["run"], kind, call["rows"]))
+                lines.append(
+                    [
+                        f"{row['format']}, {call['what']}",
+                        str(call["rows"]),
+                        f"{call['us']:.1f}",
+                        f"{call['floor_us']:.1f}",
+                        f"{call['over_floor']:.2f}",
+                        f"{base / call['us']:.2f}" if base else "-",
+                    ]
+                )
+        k, n = of_shape[0]["k"], of_shape[0]["n"]
+        header = ("format, way", "rows", "us", "byte floor us", "x floor", "speed / XLA bf16")
+        parts.append(f"**{shape}** ({k} x {n})\n\n" + _table(header, lines))
+    return parts
+
+
+TABLES = {"packed_matmul": _products, "formats": _formats, "adapters": _adapters}
 """Suite -> what is under its heading; other suites measure speed."""
 
 
