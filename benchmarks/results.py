@@ -147,10 +147,10 @@ def _formats(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
 
 ADAPTERS_NOTE = """SmolLM2-135M, its weights packed in Q4_1, trained on the King James text; losses are nats per token
 of held-out windows 0 to 31, of 128 tokens, as in the demo. AdamW without decay, constant rate, gradients clipped to a
-norm of 1, float32. `lr` is the best of three for each method (`range`), chosen with the first seed on held-out windows
-32 to 63; `!` marks one at an end of its range. A seed decides the start and the order of the data. `after` is the mean
-over seeds and their standard deviation. Kernels of all layers are adapted unless the settings say otherwise. Counts of
-LaMDA are those of its start, with B, which is frozen row by row over the first 30 % of the steps."""
+norm of 1, float32. `lr` is the best of each method's few candidates (`range`), chosen with the first seed on held-out
+windows 32 to 63; `!` marks one at an end of its range. A seed decides the start and the order of the data. `after` is
+the mean over seeds and their standard deviation. Kernels of all layers are adapted unless the settings say otherwise.
+Counts of LaMDA are those of its start, with B, which is frozen row by row over the first 30 % of the steps."""
 
 
 def _adapters(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
