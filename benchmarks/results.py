@@ -102,11 +102,11 @@ def _speed(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
 
 FORMATS_NOTE = """SmolLM2-135M on the King James text. The base is the checkpoint's Q4_1 weights, decoded; every format
 stores these again, in the kernels of all layers, while embedding and norms stay as they are. Losses are nats per token
-of the last tenth of the text, which no row was trained on: `loss` and `increase` over all of it in windows of 512
-tokens, `demo` over its first 32 windows of 128. Weights are decoded to float32 and products are of full precision, but
-FlexQ and W4A8 multiply integers. `bits` count scales and all other metadata, and a correction's factors in bfloat16;
-`error` is the relative Frobenius error of all kernels together. Groups must divide 576 and 1536, the inputs of the
-kernels, which 128 does not. Sparse rows are pruned by magnitude and not trained afterwards."""
+of the last tenth of the text, which no row was trained on: `loss` and `increase` over its windows of 512 tokens (all on
+a GPU, the first 16 on a CPU), `demo` over its first 32 windows of 128. Weights are decoded to float32 and products are
+of full precision, but FlexQ and W4A8 multiply integers. `bits` count scales and all other metadata, and a correction's
+factors in bfloat16; `error` is the relative Frobenius error of all kernels together. Groups must divide 576 and 1536,
+the inputs of the kernels, which 128 does not. Sparse rows are pruned by magnitude and not trained afterwards."""
 
 
 def _formats(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
