@@ -102,11 +102,11 @@ def _speed(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
 
 FORMATS_NOTE = """SmolLM2-135M on the King James text. The base is the checkpoint's Q4_1 weights, decoded; every format
 stores these again, in the kernels of all layers, while embedding and norms stay as they are. Losses are nats per token
-of the last tenth of the text, which no row was trained on: `loss` and `increase` over all of it in windows of 512
-tokens, `demo` over its first 32 windows of 128. Weights are decoded to float32 and products are of full precision, but
-FlexQ and W4A8 multiply integers. `bits` count scales and all other metadata, and a correction's factors in bfloat16;
-`error` is the relative Frobenius error of all kernels together. Groups must divide 576 and 1536, the inputs of the
-kernels, which 128 does not. Sparse rows are pruned by magnitude and not trained afterwards."""
+of the last tenth of the text, which no row was trained on: `loss` and `increase` over its windows of 512 tokens (all on
+a GPU, the first 16 on a CPU), `demo` over its first 32 windows of 128. Weights are decoded to float32 and products are
+of full precision, but FlexQ and W4A8 multiply integers. `bits` count scales and all other metadata, and a correction's
+factors in bfloat16; `error` is the relative Frobenius error of all kernels together. Groups must divide 576 and 1536,
+the inputs of the kernels, which 128 does not. Sparse rows are pruned by magnitude and not trained afterwards."""
 
 
 def _formats(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
@@ -147,10 +147,10 @@ def _formats(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
 
 ADAPTERS_NOTE = """SmolLM2-135M, its weights packed in Q4_1, trained on the King James text; losses are nats per token
 of held-out windows 0 to 31, of 128 tokens, as in the demo. AdamW without decay, constant rate, gradients clipped to a
-norm of 1, float32. `lr` is the best of three for each method (`range`), chosen with the first seed on held-out windows
-32 to 63; `!` marks one at an end of its range. A seed decides the start and the order of the data. `after` is the mean
-over seeds and their standard deviation. Kernels of all layers are adapted unless the settings say otherwise. Counts of
-LaMDA are those of its start, with B, which is frozen row by row over the first 30 % of the steps."""
+norm of 1, float32. `lr` is the best of each method's few candidates (`range`), chosen with the first seed on held-out
+windows 32 to 63; `!` marks one at an end of its range. A seed decides the start and the order of the data. `after` is
+the mean over seeds and their standard deviation. Kernels of all layers are adapted unless the settings say otherwise.
+Counts of LaMDA are those of its start, with B, which is frozen row by row over the first 30 % of the steps."""
 
 
 def _adapters(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
