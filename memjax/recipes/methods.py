@@ -90,16 +90,16 @@ METHODS: dict[str, Method] = {
     "lora": Method(_plain(adapters.lora), 2e-3, dropout=True),
     "rslora": Method(_plain(adapters.lora, scaling="rslora"), 2e-3, alpha=lambda rank: 8.0, dropout=True),
     "dora": Method(_plain(adapters.dora), 2e-3, dropout=True),
-    "pissa": Method(_plain(adapters.pissa, niter=4), 2e-4, alpha=_one, dropout=True),
-    "olora": Method(_plain(adapters.olora), 2e-4, alpha=_one, dropout=True),
-    "vera": Method(_plain(adapters.vera), 2e-2, rank=256, alpha=None, dropout=True),
+    "pissa": Method(_plain(adapters.pissa, niter=4), 5e-4, alpha=_one, dropout=True),
+    "olora": Method(_plain(adapters.olora), 5e-4, alpha=_one, dropout=True),
+    "vera": Method(_plain(adapters.vera), 1e-2, rank=256, alpha=None, dropout=True),
     "lora_fa": Method(_plain(adapters.lora_fa), 5e-3, dropout=True),
-    "lamda": Method(_plain(adapters.lamda), 1e-3, rank=32, alpha=_one, after=adapters.progressive_freeze),
+    "lamda": Method(_plain(adapters.lamda), 3e-4, rank=32, alpha=_one, after=adapters.progressive_freeze),
     "mos": Method(_mos, 2e-3),
-    "snell": Method(_plain(adapters.snell), 2e-3, rank=16, alpha=None),
+    "snell": Method(_plain(adapters.snell, threshold="bfloat16"), 2e-3, rank=16, alpha=None),
     "ce_ssl": Method(_plain(adapters.ce_ssl), 2e-3),
     "ia3": Method(_ia3, 1e-2, rank=None, alpha=None, targets=("**/{k,v,down}_proj/kernel",)),
-    "bias_only": Method(_bias_only, 1e-2, rank=None, alpha=None),
+    "bias_only": Method(_bias_only, 3e-3, rank=None, alpha=None),
 }
 
 
