@@ -14,25 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _mgpu
 from pallas_kernels._bits import NF4_LEVELS, PLANES
 from pallas_kernels.packed_matmul.formats import TILE, Format, decode_arrays
-from pallas_kernels.packed_matmul.kernel import lookup_words, magic
+from pallas_kernels.packed_matmul.kernel import integers, lookup_words
 
 _PER_THREAD = 8  # neighbouring output features that a thread handles
-
-
-def _integers(thread: _mgpu.Thread, form: Format, pair: Any, bit: int, high: Any, high_bit: int) -> Any:
-    """Returns two integer codes, in the lowest bytes of the halves of ``pair``, as bfloat16 numbers."""
-    ptx = thread.ptx
-    if form.bits == 8 and not form.affine:
-        low = ptx("lop3.b32", pair, 0x007F007F, magic(0), 0xEA)
-        return ptx("sub.bf16x2", low, ptx("lop3.b32", pair, 0x00800080, magic(0), 0xEA))
-    if bit:
-        pair = ptx("shr.b32", pair, bit)
-    code = ptx("lop3.b32", pair, 0x000F000F, magic(0), 0xEA)
-    if form.bits == 6:
-        if high_bit != 4:
-            high = ptx("shl.b32" if high_bit < 4 else "shr.b32", high, abs(4 - high_bit))
-        code = ptx("lop3.b32", high, 0x00300030, code, 0xEA)
-    return ptx("sub.bf16x2", code, thread.const(magic(0 if form.affine else 2 ** (form.bits - 1))))
 
 
 def _levels(thread: _mgpu.Thread, word: Any, tables: Any) -> list[list[Any]]:
@@ -95,7 +79,7 @@ def _write_tile(form: Format, n: int, thread: _mgpu.Thread, *memrefs: Any) -> No
                         if high_words is not None:
                             high = thread.ptx("prmt.b32", high_words[word], high_words[word], spread)
                             high_bit = 2 * ((start + place * block_rows) // (form.group // 4))
-                        value = _integers(thread, form, pair, place * width, high, high_bit)
+                        value = integers(thread, form, pair, place * width, high, high_bit)
                     if offsets is None:
                         value = thread.ptx("mul.bf16x2", value, scales[i])
                     else:

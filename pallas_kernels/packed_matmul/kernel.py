@@ -55,6 +55,29 @@ def lookup_words(levels: tuple[float, ...]) -> tuple[list[int], list[int]]:
     return high, low
 
 
+def integers(thread: _mgpu.Thread, form: Format, pair: Any, bit: int, high: Any, high_bit: int) -> Any:
+    """Returns two integer codes, in the lowest bytes of the halves of ``pair``, as bfloat16 numbers.
+
+    Args:
+      pair: bytes of the first plane, and the bit at which the codes start in them.
+      bit: see ``pair``.
+      high: bytes of the second plane, of 6-bit codes, and the bit there.
+      high_bit: see ``high``.
+    """
+    ptx = thread.ptx
+    if form.bits == 8 and not form.affine:
+        low = ptx("lop3.b32", pair, 0x007F007F, magic(0), 0xEA)
+        return ptx("sub.bf16x2", low, ptx("lop3.b32", pair, 0x00800080, magic(0), 0xEA))
+    if bit:
+        pair = ptx("shr.b32", pair, bit)
+    code = ptx("lop3.b32", pair, 0x000F000F, magic(0), 0xEA)
+    if form.bits == 6:
+        if high_bit != 4:
+            high = ptx("shl.b32" if high_bit < 4 else "shr.b32", high, abs(4 - high_bit))
+        code = ptx("lop3.b32", high, 0x00300030, code, 0xEA)
+    return ptx("sub.bf16x2", code, thread.const(magic(0 if form.affine else 2 ** (form.bits - 1))))
+
+
 class _Codes:
     """What one thread reads of a tile: the bytes of four output features, for any 16 inputs."""
 
@@ -89,25 +112,12 @@ class _Codes:
 
     def integers(self, step: int, half: int, feature: int) -> Any:
         """Returns two codes of one feature, inputs ``16 step + 8 half + 2 pair`` and the next, as bfloat16 numbers."""
-        ptx, bits = self.thread.ptx, self.form.bits
-        zero = 0 if self.form.affine else 2 ** (bits - 1)
         row, bit = self.place(0, step)
-        pair = self._pairs(0, row + 8 * half, feature)
-        if bits == 8 and not self.form.affine:
-            low = ptx("lop3.b32", pair, 0x007F007F, magic(0), 0xEA)
-            sign = ptx("lop3.b32", pair, 0x00800080, magic(0), 0xEA)
-            return ptx("sub.bf16x2", low, sign)
-        if bit:
-            pair = ptx("shr.b32", pair, bit)
-        code = ptx("lop3.b32", pair, 0x000F000F, magic(0), 0xEA)
-        if bits == 6:
-            row, bit = self.place(1, step)
+        pair, high, high_bit = self._pairs(0, row + 8 * half, feature), None, 0
+        if self.form.bits == 6:
+            row, high_bit = self.place(1, step)
             high = self._pairs(1, row + 8 * half, feature)
-            if bit != 4:
-                high = ptx("shl.b32" if bit < 4 else "shr.b32", high, abs(4 - bit))
-            code = ptx("lop3.b32", high, 0x00300030, code, 0xEA)
-        base = self.thread.const(magic(zero))
-        return ptx("sub.bf16x2", code, base)
+        return integers(self.thread, self.form, pair, bit, high, high_bit)
 
     @functools.cache  # noqa: B019
     def _levels(self, rows: int) -> list[list[list[Any]]]:
