@@ -4,8 +4,8 @@ Three ways to compose them (T tokens, V columns, products of ``2 T D V`` operati
 
 - value only: `lse_and_target`, one product, nothing of size T x V;
 - value and gradient at once: `exponentials`, `gradients_of_exponentials` (in place), then ``dx = dz w^T`` and, for a
-  trained head, ``dw = x^T dz``: two products or three, and one 16-bit array ``[T, V]``, or ``[chunk, V]`` over chunks of
-  tokens with a frozen head;
+  trained head, ``dw = x^T dz``: two products or three, and one 16-bit array ``[T, V]``, or ``[chunk, V]`` over chunks
+  of tokens with a frozen head;
 - gradient later, in slabs of the vocabulary: `lse_and_target`, then `logit_gradients` for each slab and the same two
   products: three or four, and one 16-bit array ``[T, slab]``; the slabs of ``dw`` are each written once.
 """
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_cross_entropy import kernel, reference, tiles
+from pallas_kernels.packed_matmul import on_hopper
 
 Implementation = Literal["mosaic_gpu", "reference"]
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -77,9 +78,8 @@ def unsupported(x: Any, w: Any, *, w_axis: int = 0) -> list[str]:
     return reasons
 
 
-def heuristic(tokens: int, depth: int, *, dense: bool) -> kernel.Config:
+def heuristic(tokens: int, depth: int) -> kernel.Config:
     """Returns how to cut the product of ``[tokens, depth]`` with a head."""
-    del dense
     if depth < 2048:
         return kernel.Config(rows=128, columns=128, schedule="turns", stages=6, cluster=1, band=16)
     return kernel.Config(rows=64, columns=256, schedule="rows", stages=4, cluster=1, band=min(16, -(-tokens // 128)))
@@ -91,12 +91,6 @@ def multiprocessors() -> int:
     return int(getattr(device, "core_count", 132)) if device.platform == "gpu" else 132
 
 
-def on_hopper() -> bool:
-    """Returns whether the default device is a Hopper GPU."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
-
-
 def _takes_kernel(
     x: jax.Array,
     w: jax.Array,
@@ -105,12 +99,14 @@ def _takes_kernel(
     w_axis: int,
     implementation: Implementation | None,
 ) -> bool:
-    """Returns whether the kernel runs; raises if the operands do not fit each other, or if it was asked for and cannot."""
+    """Returns whether the kernel runs; raises if operands do not fit each other, or if it was asked for and cannot."""
     if w_axis not in (0, 1) or x.ndim != 2 or w.ndim != 2 or w.shape[w_axis] != x.shape[1]:
         raise ValueError(f"x {x.shape} and w {w.shape} do not fit [T, D] and a head with D on axis {w_axis}")
     if labels.shape != x.shape[:1] or (bias is not None and bias.shape != (w.shape[1 - w_axis],)):
         got = None if bias is None else bias.shape
-        raise ValueError(f"expected labels {x.shape[:1]} and a bias {(w.shape[1 - w_axis],)}, got {labels.shape}, {got}")
+        raise ValueError(
+            f"expected labels {x.shape[:1]} and a bias {(w.shape[1 - w_axis],)}, got {labels.shape}, {got}"
+        )
     reasons = unsupported(x, w, w_axis=w_axis)
     if implementation == "mosaic_gpu" and reasons:
         raise ValueError(f"the linear_cross_entropy kernels cannot run: {'; '.join(reasons)}")
@@ -137,10 +133,11 @@ def _reduced(
     dense: bool,
     config: kernel.Config | None,
     interpret: bool,
-) -> tuple[jax.Array | None, jax.Array, Statistics, int]:
+) -> tuple[list[jax.Array], jax.Array, Statistics, int]:
+    """Returns the exponentials (if ``dense``), the peaks of tiles, the statistics, and the columns of a tile."""
     vocabulary = w.shape[1 - w_axis]
-    config = config or heuristic(*x.shape, dense=dense)
-    numbers, values = kernel.product(
+    config = config or heuristic(*x.shape)
+    numbers, *values = kernel.product(
         x,
         w,
         [jnp.where(labels < vocabulary, labels, -1).astype(jnp.int32)],
@@ -161,9 +158,8 @@ def _reduced(
         blocks=multiprocessors(),
         interpret=interpret,
     )
-    assert numbers is not None
     peaks, statistics = _joined(numbers, x.shape[0])
-    return (None if values is None else values[:, :vocabulary]), peaks, statistics, config.columns
+    return values, peaks, statistics, config.columns
 
 
 def lse_and_target(
@@ -241,7 +237,7 @@ def exponentials(
         peak = jnp.max(z, axis=1)
         values = jnp.exp(z - peak[:, None]).astype(x.dtype)
         return Exponentials(values, peak[None], _statistics(z, labels, total), z.shape[1])
-    values, peaks, statistics, width = _reduced(
+    (values,), peaks, statistics, width = _reduced(
         x,
         w,
         labels,
@@ -253,7 +249,6 @@ def exponentials(
         config=config,
         interpret=interpret,
     )
-    assert values is not None
     return Exponentials(values, peaks, statistics, width)
 
 
@@ -365,10 +360,15 @@ def logit_gradients(
             z, labels, lse, scale, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss
         )
         return jax.lax.dynamic_slice_in_dim(dz, start, columns, axis=1).astype(x.dtype)
-    per_row = [labels.astype(jnp.int32), lse * kernel.LOG2E, scale * (1 + 2 * z_loss * lse), scale * (1 - label_smoothing)]
+    per_row = [
+        labels.astype(jnp.int32),
+        lse * kernel.LOG2E,
+        scale * (1 + 2 * z_loss * lse),
+        scale * (1 - label_smoothing),
+    ]
     if label_smoothing:
         per_row.append(scale * (label_smoothing / vocabulary))
-    _, dz = kernel.product(
+    (dz,) = kernel.product(
         x,
         w,
         per_row,
@@ -379,9 +379,8 @@ def logit_gradients(
         columns=columns,
         numbers=0,
         dense=True,
-        config=config or heuristic(*x.shape, dense=True),
+        config=config or heuristic(*x.shape),
         blocks=multiprocessors(),
         interpret=interpret,
     )
-    assert dz is not None
-    return dz[:, :columns]
+    return dz

@@ -103,7 +103,7 @@ def product(
     config: Config,
     blocks: int,
     interpret: bool = False,
-) -> tuple[jax.Array | None, jax.Array | None]:
+) -> list[jax.Array]:
     """Gives every tile of ``x @ w``, in float32, to ``finish`` and writes what that returns.
 
     Args:
@@ -123,8 +123,8 @@ def product(
       interpret: run in the interpreter on a CPU.
 
     Returns:
-      numbers float32 ``[tiles of columns, numbers, T rounded up]`` or None, and the tiles ``[T, columns]``, in the
-      dtype of ``x`` and with columns rounded up to 8, or None.
+      If they are asked for, the numbers, float32 ``[tiles of columns, numbers, T rounded up]``, then the tiles,
+      ``[T, columns]`` in the dtype of ``x``.
     """
     tokens, depth = x.shape
     m_tiles = padded(tokens, config.block_rows * config.cluster) // config.block_rows
@@ -155,14 +155,14 @@ def product(
         outputs.append(jax.ShapeDtypeStruct((rounded if interpret else tokens, width), x.dtype))
 
     def body(*refs: Any) -> None:
-        inputs, rest = list(refs[: len(operands)]), list(refs[len(operands) :])
+        remaining = iter(refs)
+        inputs = [next(remaining) for _ in operands]
         x_ref, w_ref = inputs[:2]
         row_refs = inputs[2 + len(starts) :][: len(per_row)]
-        numbers_ref = rest.pop(0) if numbers else None
-        dense_ref = rest.pop(0) if dense else None
-        x_smem, w_smem, full, empty = rest[:4]
-        rest = rest[4:]
-        dense_smem = rest.pop(0) if dense else None
+        numbers_ref: Any = next(remaining) if numbers else None
+        dense_ref: Any = next(remaining) if dense else None
+        x_smem, w_smem, full, empty, *rest = remaining
+        staging: Any = rest[0] if dense else None
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
         mine = (tiles - group + groups - 1) // groups
         offset = start if isinstance(start, int) else inputs[2][0]
@@ -226,7 +226,18 @@ def product(
 
             return acc[...]
 
-        def compute(i: Any, local: Any) -> None:
+        def write(tile: Any, row: Any, column: Any) -> None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            corners = [(r, c) for r in range(0, config.rows, STAGED) for c in range(0, config.columns, STAGED)]
+            for j, (r, c) in enumerate(corners):
+                if j > 1:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                staged = staging.at[worker, j % 2]
+                staged[...] = tile[r : r + STAGED, c : c + STAGED].astype(x.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged, dense_ref.at[pl.ds(row + r, STAGED), pl.ds(column + c, STAGED)])
+
+        def compute(i: Any) -> None:
             row, column = place(i)
             row += (worker * config.rows) if config.schedule == "rows" else 0
             column += (worker * config.columns) if config.schedule == "columns" else 0
@@ -247,23 +258,12 @@ def product(
                 source = inputs[-1].at[pl.ds(offset + column, config.columns)]
                 bias_values = plgpu.load(source, layout=_COLUMNS, optimized=False)
             tile = finish(z, offset + column, row_values, bias_values)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if numbers:
+                part = lax.div(column, config.columns)
                 for j, value in enumerate(tile.numbers):
-                    numbers_ref.at[lax.div(column, config.columns), j, here][...] = value
+                    numbers_ref.at[part, j, here][...] = value
             if dense:
-                chunks = [
-                    (r, c) for r in range(0, config.rows, STAGED) for c in range(0, config.columns, STAGED)
-                ]
-                for j, (r, c) in enumerate(chunks):
-                    if j > 1:
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    staged = dense_smem.at[worker, j % 2]
-                    staged[...] = tile.dense[r : r + STAGED, c : c + STAGED].astype(x.dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        staged, dense_ref.at[pl.ds(row + r, STAGED), pl.ds(column + c, STAGED)]
-                    )
+                write(tile.dense, row, column)
 
         @pl.when(worker < 2)
         def _compute() -> None:
@@ -272,12 +272,12 @@ def product(
 
                 @pl.loop(0, (mine - worker + 1) // 2)
                 def _every_other(i: Any) -> None:
-                    compute(2 * i + worker, i)
+                    compute(2 * i + worker)
             else:
 
                 @pl.loop(0, mine)
                 def _each(i: Any) -> None:
-                    compute(i, i)
+                    compute(i)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -306,7 +306,4 @@ def product(
         compiler_params=_mgpu.explicit_layouts(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*operands)
-    made = list(made)
-    numbers_out = made.pop(0) if numbers else None
-    dense_out = made.pop(0)[:tokens, : padded(columns, 8)] if dense else None
-    return numbers_out, dense_out
+    return [*made[:-1], made[-1][:tokens, :columns]] if dense else list(made)

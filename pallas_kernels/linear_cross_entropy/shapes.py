@@ -1,4 +1,4 @@
-"""Output heads of real models, as (D, V, axis of D in the weight as it is stored), on which the kernels are measured."""
+"""Output heads of real models, as (D, V, axis of D as the weight is stored), on which the kernels are measured."""
 
 SHAPES = {
     "llama-3.1-8b/head": (4096, 128256, 0),
