@@ -263,8 +263,9 @@ def gradients_of_exponentials(
 ) -> jax.Array:
     """Returns the gradient of ``sum(scale * loss)`` for the logits before their cap; see `logit_gradients`.
 
-    One pass over the exponentials, whose memory XLA takes for the result if nothing else reads them. The label's
-    probability comes from its logit in float32, not from a rounded exponential.
+    One pass over the exponentials, whose memory XLA takes for the result if nothing else reads them. Their rounding
+    does no harm to a label that is almost sure: a probability above one half is that of the row's largest logit, whose
+    exponential is exactly 1.
 
     Args:
       made: by `exponentials`.
@@ -280,7 +281,7 @@ def gradients_of_exponentials(
     Raises:
       ValueError: ``softcap`` with ``label_smoothing`` where exponentials of capped logits can underflow.
     """
-    values, lse, target = made.values, made.statistics.lse, made.statistics.target
+    values, lse = made.values, made.statistics.lse
     vocabulary = values.shape[1]
     if softcap is not None and label_smoothing and 2 * softcap > -float(jnp.log(jnp.finfo(values.dtype).tiny)):
         raise ValueError(
@@ -291,13 +292,11 @@ def gradients_of_exponentials(
     e = values.astype(jnp.float32)
     p = e * jnp.repeat(factor, made.width, axis=1)[:, :vocabulary]
     is_label = reference.is_label(labels, vocabulary)
-    p = jnp.where(is_label, jnp.exp(target - lse)[:, None], p)
     smoothed = jnp.where(is_label, 1 - label_smoothing, 0.0) + label_smoothing / vocabulary
     dz = p * (1 + 2 * z_loss * lse)[:, None] - smoothed
     if softcap is not None:
         z = jnp.log(e) + jnp.repeat(made.peaks.T, made.width, axis=1)[:, :vocabulary]
-        z = jnp.where(is_label, target[:, None], jnp.maximum(z, -softcap))
-        dz = dz * (1 - (z / softcap) ** 2)
+        dz = dz * (1 - (jnp.maximum(z, -softcap) / softcap) ** 2)
     return (dz * scale[:, None]).astype(values.dtype)
 
 
