@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -283,7 +284,7 @@ def gradients_of_exponentials(
     """
     values, lse = made.values, made.statistics.lse
     vocabulary = values.shape[1]
-    if softcap is not None and label_smoothing and 2 * softcap > -float(jnp.log(jnp.finfo(values.dtype).tiny)):
+    if softcap is not None and label_smoothing and 2 * softcap > -math.log(jnp.finfo(values.dtype).tiny):
         raise ValueError(
             f"logits capped at {softcap} have exponentials that underflow in {values.dtype}; with label_smoothing "
             "take logit_gradients"
