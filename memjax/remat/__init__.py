@@ -1,0 +1,6 @@
+"""What reverse mode keeps between forward and backward: less of it, smaller, elsewhere, or nothing."""
+
+from memjax.remat.reversible import Reversible, reversible, reversible_scan
+from memjax.remat.tiled import tiled
+
+__all__ = ["Reversible", "reversible", "reversible_scan", "tiled"]
