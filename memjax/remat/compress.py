@@ -117,12 +117,13 @@ def flatten_call(
     ]
     is_param = named("params", params, labels, len(args))
     encode = named("inputs", inputs, labels, len(args))
-    roles = [
-        Role(labels[i], "param" if is_param[i] or is_view(leaves[i]) else "input", encode[i] and not is_param[i])
-        for i in dynamic
-    ]
     values, parts = jax.tree.flatten([leaves[i] for i in dynamic])
-    counts = [len(jax.tree.leaves(leaves[i])) for i in dynamic]
+    roles: list[Role] = []
+    for i in dynamic:
+        weight = is_param[i] or is_view(leaves[i])
+        for keys, _ in jax.tree_util.tree_leaves_with_path(leaves[i]):
+            label = f"{labels[i]}/{path_name(keys)}" if keys else labels[i]
+            roles.append(Role(label, "param" if weight else "input", encode[i] and not weight))
     trees: list[Any] = []
 
     def fn(*values: Any) -> list[Any]:
@@ -134,7 +135,6 @@ def flatten_call(
         trees.append(out_tree)
         return outputs
 
-    roles = [role for role, count in zip(roles, counts) for _ in range(count)]
     return Call(fn, values, tuple(roles), lambda: trees[-1])
 
 

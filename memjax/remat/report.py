@@ -62,7 +62,8 @@ def report(
       args: arrays or `jax.ShapeDtypeStruct` s.
       params: which arguments hold weights, as in `compress_residuals`.
       policy: how arrays would be stored; None: as jax does without `compress_residuals`.
-      wrt: which arguments are differentiated, given like ``params``; None: all that are floating point.
+      wrt: which arguments are differentiated, given like ``params``; None: all that are floating point. Captured values
+        are not.
 
     Raises:
       ValueError: ``params``, ``wrt`` or the policy name what is not there.
@@ -76,7 +77,7 @@ def report(
         entries = (wrt,) if isinstance(wrt, int | str) else wrt
         chosen = named("wrt", entries, [role.label for role in call.roles], len(args))
     body, roles, values = hoist(call)
-    chosen = [True] * (len(roles) - len(chosen)) + chosen
+    chosen = [False] * (len(roles) - len(chosen)) + chosen
     perturbed = [use and jnp.issubdtype(x.dtype, jnp.inexact) for use, x in zip(chosen, values)]
     linearized = linearize(body, values, perturbed)
     rows = plain_rows(linearized, roles) if policy is None else make_plan(linearized, roles, policy).rows
