@@ -1,6 +1,6 @@
 """What reverse mode keeps between forward and backward: less of it, smaller, elsewhere, or nothing."""
 
-from memjax.remat.compress import compress_residuals
+from memjax.remat.compress import Row, compress_residuals
 from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Residual
 from memjax.remat.reversible import Reversible, reversible, reversible_scan
