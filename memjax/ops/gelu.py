@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.ops.once import once
 from memjax.ops.packing import pack_codes, unpack_codes
 
 Residual = Literal["output", "input"]
@@ -81,7 +82,7 @@ def _forward(x: jax.Array, name: str, residual: Residual) -> tuple[jax.Array, An
     y = _activation(x, name, residual)
     if residual == "input":
         return y, x
-    rising = _wide(x) >= inverse_of(name).x_min
+    rising = _wide(once(x)) >= inverse_of(name).x_min
     return y, (y, pack_codes(rising.astype(jnp.uint8), 1))
 
 

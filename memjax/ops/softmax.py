@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.codecs import Codec
+from memjax.ops.once import once
 
 Residual = Literal["output"] | Codec
 
@@ -47,7 +48,7 @@ def _softmax(x: jax.Array, residual: Residual) -> jax.Array:
 
 def _forward(x: jax.Array, residual: Residual) -> tuple[jax.Array, Any]:
     y = _softmax(x, residual)
-    return y, y if residual == "output" else residual.encode(y, -1)
+    return y, y if residual == "output" else residual.encode(once(y), -1)
 
 
 def _backward(residual: Residual, kept: Any, dy: jax.Array) -> tuple[jax.Array]:
