@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.codecs import Codec
+from memjax.ops.once import once
 
 Residual = Literal["input"] | Codec
 
@@ -66,7 +67,7 @@ def _gated(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) 
 
 def _forward(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) -> tuple[jax.Array, Any]:
     out = _gated(gate, up, activation, residual)
-    return out, (gate, up) if residual == "input" else (residual.encode(gate, -1), residual.encode(up, -1))
+    return out, (gate, up) if residual == "input" else (residual.encode(once(gate), -1), residual.encode(once(up), -1))
 
 
 def _backward(activation: str, residual: Residual, kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:

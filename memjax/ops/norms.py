@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from memjax.codecs import Codec
 from memjax.core import operation, register_rule
 from memjax.core.jaxpr_compat import vary_like
+from memjax.ops.once import once
 
 Residual = Literal["output", "input"] | Codec
 
@@ -147,7 +148,7 @@ def _rms_forward(
         return y, (y, rstd, scale)
     if residual == "input":
         return y, (x, rstd, scale)
-    return y, (residual.encode(xhat.astype(x.dtype), -1), rstd, scale)
+    return y, (residual.encode(once(xhat.astype(x.dtype)), -1), rstd, scale)
 
 
 def _rms_backward(eps: float, offset: float, residual: Residual, kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
@@ -203,7 +204,7 @@ def _layer_forward(
         return y, (y, rstd, scale, bias, _spare(xhat.astype(x.dtype), scale, bias, spare))
     if residual == "input":
         return y, (x, rstd, scale, bias, mean)
-    return y, (residual.encode(xhat.astype(x.dtype), -1), rstd, scale, bias, None)
+    return y, (residual.encode(once(xhat.astype(x.dtype)), -1), rstd, scale, bias, None)
 
 
 def _spare(xhat: jax.Array, scale: jax.Array, bias: jax.Array, count: int) -> _Spare:
