@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memjax.core import jaxpr_compat, operation, register_rule
@@ -210,8 +211,11 @@ class _Head:
         return self._dot(x, w, self.options.w_axis, dtype)
 
     def pull(self, dz: jax.Array, w: Any) -> jax.Array:
-        """Returns ``[T, V] -> [T, D]``, float32."""
-        return self._dot(dz, w, 1 - self.options.w_axis, jnp.float32)
+        """Returns ``[T, V] -> [T, D]``, float32; at a view by its own gradient, which decodes no wide head at once."""
+        if isinstance(w, jax.Array):
+            return self._dot(dz, w, 1 - self.options.w_axis, jnp.float32)
+        x = jaxpr_compat.vary_like(jnp.zeros((dz.shape[0], w.shape[self.options.w_axis]), dz.dtype), [dz])
+        return jax.vjp(lambda x: self.product(x, w, x.dtype), x)[1](dz)[0].astype(jnp.float32)
 
     def push(self, x: jax.Array, dz: jax.Array, dtype: Any) -> jax.Array:
         """Returns the gradient of a dense head."""
@@ -355,16 +359,10 @@ def _by_logits(head: _Head, z: jax.Array, labels: jax.Array, lse: jax.Array, res
     return dz if head.options.softcap is None else dz * head.slope(z)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["x", "w", "labels", "bias", "found", "z"],
-    meta_fields=["moves_x", "moves_w", "moves_bias"],
-)
-@dataclass(frozen=True)
-class _Kept:
-    """What a trained head keeps for backward: the inputs, the terms, and all capped logits or None.
+class _Kept(NamedTuple):
+    """What backward gets: the inputs, the terms, all capped logits or None, and what is differentiated.
 
-    The flags say what is differentiated, for the head by its leaves.
+    What is differentiated is a flag for ``x``, for each leaf of the head, and for the bias.
     """
 
     x: jax.Array
@@ -505,6 +503,9 @@ def _part(size: int, whole: int) -> int:
     return min(whole, part if part < 128 else -(-part // 128) * 128)
 
 
+_EMPTY = np.zeros(0, np.float32)
+
+
 def _is_primal(x: Any) -> bool:
     return hasattr(x, "perturbed")
 
@@ -538,28 +539,32 @@ def _terms(
         return _forward(head, x, w, bias, labels, False, block, part)[:3]
 
     def forward(*primals: Any) -> tuple[Any, Any]:
-        moves_x, moves_w, _, moves_bias = (
-            [leaf.perturbed for leaf in jax.tree.leaves(primal, is_leaf=_is_primal)] for primal in primals
-        )
+        moves = [[leaf.perturbed for leaf in jax.tree.leaves(primal, is_leaf=_is_primal)] for primal in primals]
         x, w, labels, bias = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=_is_primal)
-        if not any((*moves_w, *moves_bias)):
-            found = _forward(head, x, w, bias, labels, True, block, part)
-            return found[:3], (found, w, labels)
         z = None
-        if dense and chunk is not None and chunk >= tokens:
+        if not any((*moves[1], *moves[3])):
+            found = _forward(head, x, w, bias, labels, True, block, part)
+        elif dense and chunk is not None and chunk >= tokens:
             found, z = _forward_at_once(head, x, w, bias, labels)
         else:
             found = _forward(head, x, w, bias, labels, False, trained_block, trained_part)
-        kept = _Kept(x, w, labels, bias, found, z, any(moves_x), tuple(moves_w), any(moves_bias))
-        return found[:3], kept
+        # What is differentiated must not change the structure: jax takes that of one trace for another's, so what is
+        # absent is an array without elements, and a flag is the size of one.
+        optional = [_EMPTY if leaf is None else leaf for leaf in (found.pulled, found.evenly, z)]
+        flags = [jnp.zeros(int(flag)) for flag in (*moves[0], *moves[1], any(moves[3]))]
+        return found[:3], ((x, w, labels, bias), found[:4], optional, flags)
 
     def backward(kept: Any, cotangents: Any) -> tuple[Any, Any, None, Any]:
         lse, target, total = (None if _is_zero(cotangent) else cotangent for cotangent in cotangents)
         zero = jnp.zeros(tokens)
         by = _Slopes(zero if lse is None else lse, zero if target is None else target, total)
-        if not isinstance(kept, _Kept):
-            found, w, labels = kept
-            dx = _backward_frozen(head, found, w, labels, by)
+        (x, w, labels, bias), found, optional, flags = kept
+        pulled, evenly, z = (leaf if leaf.size else None for leaf in optional)
+        moves_x, *moves_w, moves_bias = (bool(flag.size) for flag in flags)
+        terms = _Terms(*(*found, pulled, evenly))
+        kept = _Kept(x, w, labels, bias, terms, z, moves_x, tuple(moves_w), moves_bias)
+        if not any((*moves_w, moves_bias)):
+            dx = _backward_frozen(head, kept.found, w, labels, by)
             return dx, jax.tree.unflatten(tree, [None] * tree.num_leaves), None, None
         if not dense:
             dx, grads, dbias = _backward_view(head, kept, by, block)
