@@ -180,10 +180,13 @@ class Thread:
         base = self._llvm.ptrtoint(i64, self._utils.memref_ptr(memref))
         return self.advance(base, offset)
 
-    def advance(self, pointer: Any, offset: Any) -> Any:
-        """Returns an address some bytes further on, an unsigned word of them."""
+    def advance(self, pointer: Any, count: Any, size: int = 1) -> Any:
+        """Returns the address ``count * size`` bytes further on; the count is an unsigned word."""
         i64 = self._ir.IntegerType.get_signless(64)
-        return self._arith.addi(pointer, self._arith.extui(i64, self._word(offset)))
+        steps = self._arith.extui(i64, self._word(count))
+        if size != 1:
+            steps = self._arith.muli(steps, self._utils.c(size, i64))
+        return self._arith.addi(pointer, steps)
 
     def read(self, pointer: Any, offset: int, words: int = 1, *, once: bool = True) -> list[Any]:
         """Returns 1, 2 or 4 consecutive words of memory that the kernel only reads, so many bytes after ``pointer``.
@@ -242,11 +245,9 @@ class Thread:
         code = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, " + "lh"[half] + "; }"
         return self._utils.inline_ptx(code, word, result_types=self._i32)
 
-    def loop(self, count: int, step: Callable[[Any, list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
-        """Returns ``carry`` after ``carry = step(i, carry)`` for i from 0; words all."""
-        if count == 1:
-            return step(self.const(0), carry)
-        return list(self._utils.fori(self.const(count), carry)(step).results)
+    def loop(self, count: Any, step: Callable[[Any, list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
+        """Returns ``carry`` after ``carry = step(i, carry)`` for i from 0 to below ``count``; words all."""
+        return list(self._utils.fori(count, carry)(step).results)
 
     def both(self, a: Any, b: Any) -> Any:
         return self._arith.andi(a, b)

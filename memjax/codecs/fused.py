@@ -33,10 +33,9 @@ def encode(x: jax.Array, words: tuple[jax.Array, jax.Array] | None, form: kernel
 
 def decode(codes: Any, scale: Any, offset: Any, form: kernels.Form, dtype: Any) -> jax.Array:
     """Returns the array in ``dtype`` that codes with groups along the last axis stand for."""
-    dense = kernels.decode(
-        codes, scale, offset, bits=form.bits, group=form.group, dtype=dtype, implementation="mosaic_gpu"
-    )
-    return _varying_like((codes, scale, offset), dense)
+    made = kernels.Codes(codes, scale, offset)
+    dense = kernels.decode(made, bits=form.bits, group=form.group, dtype=dtype, implementation="mosaic_gpu")
+    return _varying_like(made, dense)
 
 
 def _varying_like(inputs: Any, outputs: Any) -> Any:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from pallas_kernels._bits import seed_words
 from pallas_kernels.codec import kernel, reference
-from pallas_kernels.codec.formats import Form
+from pallas_kernels.codec.formats import Codes, Form
 from pallas_kernels.codec.formats import unsupported as unsupported_form
+from pallas_kernels.packed_matmul.api import on_hopper
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 _BYTES_IN_FLIGHT = 64  # that a thread reads before it computes
@@ -39,18 +40,28 @@ def unsupported(form: Form, shape: tuple[int, ...], dtype: Any) -> str | None:
     return None
 
 
-def _form(bits: int, group: int, symmetric: bool) -> Form:
+def integer_form(bits: int, group: int, symmetric: bool) -> Form:
+    """Returns the format; ValueError for one that does not fill bytes."""
     if bits not in (2, 4, 8) or group < 1 or group % (8 // bits):
         raise ValueError(f"expected 2, 4 or 8 bits and groups that fill bytes, got {bits} bits, groups of {group}")
     return Form(bits, group, symmetric)
 
 
-def _chosen(reason: str | None, implementation: Implementation | None) -> bool:
-    """Returns whether the kernel runs."""
-    from pallas_kernels.packed_matmul.api import on_hopper
+def runs_kernel(name: str, reason: str | None, implementation: Implementation | None) -> bool:
+    """Returns whether the kernel is to run.
 
+    Args:
+      name: of the kernel.
+      reason: why it cannot, or None.
+      implementation: the caller's choice.
+
+    Raises:
+      ValueError: a choice that cannot run.
+    """
+    if implementation not in (None, "mosaic_gpu", "xla", "reference"):
+        raise ValueError(f"implementation must be 'mosaic_gpu', 'xla', 'reference' or None, got {implementation!r}")
     if implementation == "mosaic_gpu" and reason:
-        raise ValueError(f"the codec kernel cannot run: {reason}")
+        raise ValueError(f"the {name} kernel cannot run: {reason}")
     return implementation == "mosaic_gpu" or (implementation is None and not reason and on_hopper())
 
 
@@ -63,8 +74,8 @@ def encode(
     seed: Any = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Encodes groups along the last axis.
+) -> Codes:
+    """Returns the codes of groups along the last axis.
 
     The kernel's codes are those of XLA up to how XLA divides: it multiplies by reciprocals, as the kernel does, but may
     divide where it fuses differently, and then a number half way between two codes can take the other.
@@ -79,38 +90,31 @@ def encode(
         on a Hopper GPU where it can run, else XLA.
       interpret: run the kernel in the interpreter on a CPU.
 
-    Returns:
-      Codes, uint8 ``[..., n * bits / 8]``; bit patterns of the bfloat16 scales and of the offsets (None if symmetric),
-      uint16 ``[..., n / group]``.
-
     Raises:
       ValueError: groups that do not divide n, or ``"mosaic_gpu"`` where it cannot run; says why.
     """
-    form = _form(bits, group, symmetric)
+    form = integer_form(bits, group, symmetric)
     if not x.ndim or x.shape[-1] % group:
         raise ValueError(f"groups of {group} do not divide the last axis of shape {x.shape}")
     words = None if seed is None else seed_words(seed)
-    if not _chosen(unsupported(form, x.shape, x.dtype), implementation):
+    if not runs_kernel("codec", unsupported(form, x.shape, x.dtype), implementation):
         return reference.encode(x, words, form)
     return encode_words(x, words, form=form, interpret=interpret)
 
 
 def encode_words(
     x: jax.Array, words: tuple[jax.Array, jax.Array] | None, *, form: Form, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> Codes:
     """Runs the kernel with the two words of a seed; else as `encode`."""
     config = heuristic(x.size, form, x.dtype.itemsize)
     assert config is not None
     seed = None if words is None else jnp.stack(words)
-    codes, *ranges = kernel.encode(x.reshape(-1), seed, form=form, config=config, interpret=interpret)
-    scale, *offsets = (part.reshape(*x.shape[:-1], x.shape[-1] // form.group) for part in ranges)
-    return codes.reshape(*x.shape[:-1], -1), scale, offsets[0] if offsets else None
+    made = kernel.encode(x.reshape(-1), seed, form=form, config=config, interpret=interpret)
+    return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], part.size * x.shape[-1] // x.size), made)
 
 
 def decode(
-    codes: jax.Array,
-    scale: jax.Array,
-    offset: jax.Array | None = None,
+    made: Codes,
     *,
     bits: int,
     group: int,
@@ -118,21 +122,22 @@ def decode(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns the array ``[..., n]`` in ``dtype``; arguments as `encode` takes and returns them.
+    """Returns the array ``[..., n]`` in ``dtype`` that codes stand for; arguments as in `encode`.
 
     Raises:
       ValueError: operands that do not fit each other, or ``"mosaic_gpu"`` where it cannot run; says why.
     """
-    form = _form(bits, group, offset is None)
+    codes, scale, offset = made
+    form = integer_form(bits, group, offset is None)
     shape = (*scale.shape[:-1], scale.shape[-1] * group)
     if codes.shape != (*shape[:-1], shape[-1] * bits // 8) or (offset is not None and offset.shape != scale.shape):
         raise ValueError(
             f"expected codes {(*shape[:-1], shape[-1] * bits // 8)} and offsets {scale.shape} beside scales "
             f"{scale.shape}, got {codes.shape} and {None if offset is None else offset.shape}"
         )
-    if not _chosen(unsupported(form, shape, dtype), implementation):
-        return reference.decode(codes, scale, offset, form, dtype)
+    if not runs_kernel("codec", unsupported(form, shape, dtype), implementation):
+        return reference.decode(made, form, dtype)
     config = heuristic(math.prod(shape), form, jnp.dtype(dtype).itemsize)
     assert config is not None
-    flat = kernel.decode(codes, scale, offset, form=form, dtype=dtype, config=config, interpret=interpret)
+    flat = kernel.decode(made, form=form, dtype=dtype, config=config, interpret=interpret)
     return flat.reshape(shape)

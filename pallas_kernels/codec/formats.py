@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+
 SPAN = 8
 """Consecutive elements that a thread reads together."""
 
@@ -39,6 +41,20 @@ class Form(NamedTuple):
     def lanes(self) -> int:
         """Neighbouring lanes that hold one group."""
         return self.group // self.unit
+
+
+class Codes(NamedTuple):
+    """Groups of the last axis of an array ``[..., n]`` as codes.
+
+    Attributes:
+      codes: uint8 ``[..., n * bits / 8]``.
+      scale: bfloat16 bit patterns, uint16 ``[..., n / group]``.
+      offset: the same, or None for symmetric formats.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    offset: jax.Array | None = None
 
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mgpu
 from pallas_kernels.codec import reference, words
-from pallas_kernels.codec.formats import Form
+from pallas_kernels.codec.formats import Codes, Form
 
 THREADS = 128
 
@@ -39,38 +39,28 @@ def encode_block(form: Form, config: Config, dtype: str, stochastic: bool, threa
     """The program of a thread that encodes its part of a block."""
     *memrefs, block = rest
     seed = memrefs.pop(0) if stochastic else None
-    codes, *ranges = memrefs
     where = words.place(thread, form, thread.index)
     source = thread.pointer(x, thread.mul(where.element, words.ITEMSIZE[dtype]))
     elements = THREADS * form.unit
     units = [words.read_unit(thread, form, dtype, source, i * elements) for i in range(config.units)]
     seed_words: Any = thread.read(thread.pointer(seed), 0, 2, once=False) if stochastic else None
     counter = thread.add(thread.mul(block, elements * config.units), where.element)
-    target = thread.pointer(codes, thread.mul(where.unit, 8))
-    range_pointers = [thread.pointer(ref, thread.mul(where.group, 2)) for ref in ranges]
+    targets = words.code_pointers(thread, where, memrefs)
     for i, unit in enumerate(units):
         noise = words.Noise(seed_words, thread.add(counter, i * elements)) if stochastic else None
         made, found = words.encode_unit(thread, form, dtype, unit, noise)
-        thread.write(target, i * THREADS * 8, made)
-        words.write_range(thread, where, range_pointers, i * THREADS // form.lanes * 2, found)
+        words.write_codes(thread, form, where, targets, i * THREADS, made, found)
 
 
 def decode_block(form: Form, config: Config, dtype: str, thread: Any, *memrefs: Any) -> None:
     """The program of a thread that decodes its part of a block."""
-    codes, *ranges, out = memrefs
+    *packed, out = memrefs
     where = words.place(thread, form, thread.index)
-    source = thread.pointer(codes, thread.mul(where.unit, 8))
-    range_pointers = [thread.pointer(ref, thread.mul(where.group, 2)) for ref in ranges]
+    sources = words.code_pointers(thread, where, packed)
     target = thread.pointer(out, thread.mul(where.element, words.ITEMSIZE[dtype]))
-    read = [
-        (
-            thread.read(source, i * THREADS * 8, 2),
-            words.read_range(thread, range_pointers, i * THREADS // form.lanes * 2),
-        )
-        for i in range(config.units)
-    ]
-    for i, (codes_words, found) in enumerate(read):
-        spans = words.read_codes(thread, form, codes_words, found)
+    read = [words.read_codes(thread, form, sources, i * THREADS) for i in range(config.units)]
+    for i, (codes, found) in enumerate(read):
+        spans = words.decode_unit(thread, form, codes, found)
         words.write_unit(thread, form, dtype, target, i * THREADS * form.unit, spans)
 
 
@@ -81,8 +71,8 @@ def encode(
     form: Form,
     config: Config,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
-    """Encodes groups of consecutive elements.
+) -> Codes:
+    """Returns the codes of groups of consecutive elements, all of them ``[n]``.
 
     Args:
       x: bfloat16, float16 or float32 ``[n]``; n is a multiple of `block_elements`.
@@ -90,10 +80,6 @@ def encode(
       form: the format.
       config: how to cut the work.
       interpret: run in the interpreter on a CPU.
-
-    Returns:
-      Codes, uint8 ``[n * bits / 8]``, and the bit patterns of scales and, for affine formats, of offsets, uint16
-      ``[n / group]``.
     """
     count = block_elements(form, config)
     blocks = x.size // count
@@ -123,23 +109,14 @@ def encode(
         compiler_params=_mgpu.explicit_layouts(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(x.reshape(blocks, count), *([] if seed is None else [seed]))
-    return tuple(part.reshape(-1) for part in made)
+    return Codes(*(part.reshape(-1) for part in made))
 
 
-def decode(
-    codes: jax.Array,
-    scale: jax.Array,
-    offset: jax.Array | None,
-    *,
-    form: Form,
-    dtype: Any,
-    config: Config,
-    interpret: bool = False,
-) -> jax.Array:
+def decode(made: Codes, *, form: Form, dtype: Any, config: Config, interpret: bool = False) -> jax.Array:
     """Returns the array ``[n]`` in ``dtype``; the other arguments are as `encode` takes and returns them."""
     count = block_elements(form, config)
-    blocks = scale.size * form.group // count
-    ranges = [scale] if offset is None else [scale, offset]
+    blocks = made.scale.size * form.group // count
+    operands = [part.reshape(blocks, -1) for part in made if part is not None]
     name = jnp.dtype(dtype).name
 
     def body(*refs: Any) -> None:
@@ -147,16 +124,16 @@ def decode(
         tiles = [ref.at[block] for ref in refs]
         if interpret:
             parts = [tile[...] for tile in tiles[:-1]]
-            tiles[-1][...] = reference.decode(parts[0], parts[1], None if offset is None else parts[2], form, dtype)
+            tiles[-1][...] = reference.decode(Codes(*parts), form, dtype)
         else:
             _mgpu.each_thread(functools.partial(decode_block, form, config, name), tiles)
 
-    made = plgpu.kernel(
+    dense = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((blocks, count), dtype),
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=_mgpu.explicit_layouts(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*(part.reshape(blocks, -1) for part in (codes, *ranges)))
-    return made.reshape(-1)
+    )(*operands)
+    return dense.reshape(-1)

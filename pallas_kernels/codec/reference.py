@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels._bits import flat_counter, hash_bits, pack, uniform, unpack
-from pallas_kernels.codec.formats import Form
+from pallas_kernels.codec.formats import Codes, Form
 
 
 def bits_down(x: jax.Array) -> jax.Array:
@@ -32,19 +32,14 @@ def floats(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def encode(
-    x: jax.Array, words: tuple[jax.Array, jax.Array] | None, form: Form, first: Any = 0
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Encodes groups of the last axis.
+def encode(x: jax.Array, words: tuple[jax.Array, jax.Array] | None, form: Form, first: Any = 0) -> Codes:
+    """Returns the codes of groups of the last axis.
 
     Args:
       x: floating-point ``[..., n]``.
       words: two uint32 words of `pallas_kernels._bits.seed_words` for stochastic rounding, or None.
       form: the format.
       first: counter of the first element for stochastic rounding; the others follow in order.
-
-    Returns:
-      uint8 codes ``[..., n * bits / 8]``, and the bit patterns of scales and offsets, uint16 ``[..., n / group]``.
     """
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, form.group)
     low, high = jnp.min(groups, -1, keepdims=True), jnp.max(groups, -1, keepdims=True)
@@ -72,11 +67,12 @@ def encode(
     else:
         codes = jnp.clip(steps, 0, 2**form.bits - 1).astype(jnp.uint8)
     (plane,) = pack(codes.reshape(x.shape), form.bits, -1, form.group)
-    return plane, scale.squeeze(-1), None if offset is None else offset.squeeze(-1)
+    return Codes(plane, scale.squeeze(-1), None if offset is None else offset.squeeze(-1))
 
 
-def decode(codes: jax.Array, scale: jax.Array, offset: jax.Array | None, form: Form, dtype: Any) -> jax.Array:
-    """Returns the array ``[..., n]`` in ``dtype``; arguments as `encode` returns them."""
+def decode(made: Codes, form: Form, dtype: Any) -> jax.Array:
+    """Returns the array ``[..., n]`` in ``dtype``."""
+    codes, scale, offset = made
     numbers = unpack((codes,), form.bits, -1, form.group).reshape(*scale.shape, form.group)
     if form.symmetric and form.bits == 8:
         values = lax.bitcast_convert_type(numbers, jnp.int8).astype(jnp.float32)

@@ -7,6 +7,7 @@ lanes. All that the functions here ask of ``thread`` is `pallas_kernels._mgpu.Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.codec.formats import SPAN, Form
@@ -242,27 +243,40 @@ def make_codes(thread: Any, form: Form, values: list[list[Any]], found: Range, n
     return joined
 
 
-def write_range(thread: Any, where: Place, pointers: list[Any], offset: int, found: Range) -> None:
-    """Writes the bit patterns of a scale and, for affine formats, an offset.
+def code_pointers(thread: Any, where: Place, memrefs: Sequence[Any]) -> list[Any]:
+    """Returns the addresses of a unit's codes and of its group's scale and, of three ``memrefs``, offset."""
+    sizes = [thread.mul(where.unit, 8), *[thread.mul(where.group, 2)] * (len(memrefs) - 1)]
+    return [thread.pointer(ref, size) for ref, size in zip(memrefs, sizes)]
+
+
+def write_codes(
+    thread: Any, form: Form, where: Place, pointers: list[Any], units: int, codes: list[Any], found: Range
+) -> None:
+    """Writes a unit's codes, scale and offset.
 
     Args:
       thread: the thread.
-      where: the place of the unit whose group's they are.
-      pointers: to those of the thread's first group.
-      offset: bytes from there.
-      found: the bit patterns.
+      form: the format.
+      where: the place of the unit at ``pointers``.
+      pointers: of `code_pointers`.
+      units: from there to the unit, a multiple of a group's lanes.
+      codes: the two words.
+      found: the range.
     """
-    for pointer, bits in zip(pointers, (found.scale_bits, found.offset_bits)):
-        thread.write_half(pointer, offset, bits, where.leads)
+    thread.write(pointers[0], units * 8, codes)
+    for pointer, bits in zip(pointers[1:], (found.scale_bits, found.offset_bits)):
+        thread.write_half(pointer, units // form.lanes * 2, bits, where.leads)
 
 
-def read_range(thread: Any, pointers: list[Any], offset: int) -> Range:
-    """Reads a scale and, where there are two ``pointers``, an offset; arguments as in `write_range`."""
-    values = [thread.ptx("shl.b32", thread.read_half(pointer, offset), 16) for pointer in pointers]
-    return Range(values[0], None, values[1] if len(values) > 1 else None, None)
+def read_codes(thread: Any, form: Form, pointers: list[Any], units: int) -> tuple[list[Any], Range]:
+    """Reads the two words of a unit's codes and its group's range; arguments as in `write_codes`."""
+    codes = thread.read(pointers[0], units * 8, 2)
+    halves = [thread.read_half(pointer, units // form.lanes * 2) for pointer in pointers[1:]]
+    values = [thread.ptx("shl.b32", half, 16) for half in halves]
+    return codes, Range(values[0], None, values[1] if len(values) > 1 else None, None)
 
 
-def read_codes(thread: Any, form: Form, words: list[Any], found: Range) -> list[list[Any]]:
+def decode_unit(thread: Any, form: Form, words: list[Any], found: Range) -> list[list[Any]]:
     """Returns the float32 words of the spans that the two words of a unit's codes stand for."""
     ptx = thread.ptx
     half = 2 ** (form.bits - 1) if form.symmetric else 0

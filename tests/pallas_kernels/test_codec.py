@@ -16,7 +16,7 @@ from tests.pallas_kernels.warpgroup import Warpgroup
 
 FORMS = [Form(bits, group, symmetric) for bits, group in ((8, 128), (4, 64), (2, 128)) for symmetric in (False, True)]
 encode_arrays = jax.jit(reference.encode, static_argnums=2)
-decode_arrays = jax.jit(reference.decode, static_argnums=(3, 4))
+decode_arrays = jax.jit(reference.decode, static_argnums=(1, 2))
 
 
 def numbers(rows, group, dtype="bfloat16", seed=0):
@@ -37,7 +37,7 @@ def run_encode(form, x, words, block=0, units=1):
     config = kernel.Config(units)
     kernel.encode_block(form, config, x.dtype.name, words is not None, thread, x, *seeds, *outs, thread.const(block))
     codes = outs[0].reshape(groups, -1)
-    return codes, outs[1][:, None], None if form.symmetric else outs[2][:, None]
+    return codec.Codes(codes, outs[1][:, None], None if form.symmetric else outs[2][:, None])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -55,7 +55,7 @@ def test_a_threads_program_makes_the_codes_of_xla(form):
         out = np.full(count, 7, x.dtype)
         parts = [part.reshape(-1) for part in made if part is not None]
         kernel.decode_block(form, config, dtype, Warpgroup(), *parts, out)
-        np.testing.assert_array_equal(out.reshape(x.shape), decode_arrays(*made, form, jnp.dtype(dtype)))
+        np.testing.assert_array_equal(out.reshape(x.shape), decode_arrays(made, form, jnp.dtype(dtype)))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -69,7 +69,7 @@ def test_the_reference_is_the_codec_of_the_library(form):
         np.testing.assert_array_equal(made[1], packed.scale)
         if not form.symmetric:
             np.testing.assert_array_equal(reference.floats(made[2]), reference.floats(packed.offset))
-        np.testing.assert_array_equal(decode_arrays(*made, form, jnp.dtype(dtype)), packed.decode())
+        np.testing.assert_array_equal(decode_arrays(made, form, jnp.dtype(dtype)), packed.decode())
 
 
 def test_nan_makes_its_group_nan_and_no_other():
@@ -88,8 +88,8 @@ def test_the_interpreted_kernels_equal_the_reference(symmetric):
     made = run(x, implementation="mosaic_gpu", interpret=True)
     for a, b in zip(made, encode_arrays(x, seed_words(9), form)):
         np.testing.assert_array_equal(a, b)
-    back = codec.decode(*made, bits=4, group=64, implementation="mosaic_gpu", interpret=True)
-    np.testing.assert_array_equal(back, decode_arrays(*made, form, jnp.dtype(jnp.bfloat16)))
+    back = codec.decode(made, bits=4, group=64, implementation="mosaic_gpu", interpret=True)
+    np.testing.assert_array_equal(back, decode_arrays(made, form, jnp.dtype(jnp.bfloat16)))
 
 
 def test_what_the_kernels_cannot_take_is_said():
@@ -102,7 +102,7 @@ def test_what_the_kernels_cannot_take_is_said():
     with pytest.raises(ValueError, match="cannot run: groups of 48"):
         codec.encode(jnp.ones((2, 48)), bits=4, group=48, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="expected codes"):
-        codec.decode(jnp.zeros((2, 8), jnp.uint8), jnp.zeros((2, 1), jnp.uint16), bits=4, group=32)
+        codec.decode(codec.Codes(jnp.zeros((2, 8), jnp.uint8), jnp.zeros((2, 1), jnp.uint16)), bits=4, group=32)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -113,8 +113,8 @@ def test_every_benchmark_shape_lowers_for_cuda(form):
         for seed in (None, 1):
             encode = jax.jit(functools.partial(codec.encode, symmetric=form.symmetric, seed=seed, **options))
             lowered = encode.trace(x).lower(lowering_platforms=("cuda",))
-        decode = jax.jit(lambda *p: codec.decode(*p, **options))
-        decode.trace(*lowered.out_info).lower(lowering_platforms=("cuda",))
+        decode = jax.jit(lambda made: codec.decode(made, **options))
+        decode.trace(lowered.out_info).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.gpu
@@ -128,5 +128,5 @@ def test_the_kernels_on_a_device(form):
             expected = encode_arrays(x, None if seed is None else seed_words(seed), form)
             np.testing.assert_array_equal(made[1], expected[1])
             assert (np.asarray(made[0]) != np.asarray(expected[0])).mean() < 1e-4
-            back = codec.decode(*made, dtype=x.dtype, **options)
-            np.testing.assert_array_equal(back, decode_arrays(*made, form, x.dtype))
+            back = codec.decode(made, dtype=x.dtype, **options)
+            np.testing.assert_array_equal(back, decode_arrays(made, form, x.dtype))

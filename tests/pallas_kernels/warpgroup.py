@@ -159,7 +159,7 @@ class Warpgroup(Thread):
         return [found] if several and len(result_types) == 1 else found
 
     def loop(self, count, step, carry):
-        for i in range(count):
+        for i in range(int(count[0])):
             carry = step(self.const(i), carry)
         return carry
 
