@@ -10,6 +10,7 @@ import numpy as np
 
 from memjax.codecs.packed import Codec, check_group, check_scale_dtype, from_bits, round_steps, scale_bits, to_bits
 from memjax.codecs.search import least_squares
+from pallas_kernels.codec import Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Grouped(Codec):
     def __post_init__(self) -> None:
         check_group(self.group)
         check_scale_dtype(self.scale_dtype)
+
+    def kernel_form(self, group: int) -> Form | None:
+        known = self.bits in (2, 4, 8) and self.scale_dtype == "bfloat16" and not self.search
+        return Form(self.bits, group, self.symmetric) if known else None
 
     @property
     def limit(self) -> float:
