@@ -22,7 +22,6 @@ from memjax.models.layers import (
 from memjax.models.layers import (
     Embedding,
     Linear,
-    Remat,
     Source,
     attend,
     prefix_length,
@@ -32,6 +31,7 @@ from memjax.models.layers import (
     stack_layers,
     with_prefix,
 )
+from memjax.remat import Policy
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -309,7 +309,7 @@ class Llama(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        remat: Remat = "none",
+        remat: Policy = "none",
         attention: AttentionName | None = None,
         prefix: jax.Array | None = None,
     ) -> jax.Array:
