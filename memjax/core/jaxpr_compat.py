@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax._src import source_info_util
+from jax._src.ad_util import SymbolicZero, Zero
+from jax._src.interpreters import partial_eval
 from jax._src.named_sharding import UNSPECIFIED
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
@@ -80,9 +83,25 @@ def consts_of(jaxpr: Jaxpr) -> list[Any]:
     return list(jaxpr.consts)
 
 
+def without_consts(jaxpr: Jaxpr) -> Jaxpr:
+    """Returns a jaxpr that takes its constants as its first arguments."""
+    return partial_eval.convert_constvars_jaxpr(jaxpr)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Returns the mesh axes over which the code being traced runs once per shard."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def source_line(eqn: JaxprEqn) -> str:
     """Returns ``file:line (function)`` of the user code behind an equation."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def source_function(eqn: JaxprEqn) -> str:
+    """Returns the name of the user function behind an equation, or an empty string."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    return "" if frame is None else frame.function_name
 
 
 @contextlib.contextmanager
@@ -97,6 +116,100 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluates an equation on arrays; custom derivative rules stay attached."""
     outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr; every equation keeps its source line."""
+    env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
+    run(jaxpr.eqns, env)
+    return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+
+
+def run(eqns: Sequence[JaxprEqn], env: dict[Any, Any]) -> None:
+    """Evaluates equations in turn, reading and writing their variables in ``env``."""
+    for eqn in eqns:
+        values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+        with eqn_context(eqn):
+            env.update(zip(eqn.outvars, bind(eqn, values)))
+
+
+def inline(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr with its nested jits and checkpoints evaluated in place.
+
+    Equations of library functions, which have no source line, get the line of the enclosing call.
+    """
+    env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
+    for eqn in jaxpr.eqns:
+        values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+        with eqn_context(eqn) if source_function(eqn) else contextlib.nullcontext():
+            env.update(zip(eqn.outvars, (inline(body_of(eqn), values) if is_call(eqn) else bind(eqn, values))))
+    return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+
+
+def is_call(eqn: JaxprEqn) -> bool:
+    """Returns whether an equation calls a jaxpr and does nothing else that evaluating its body would lose."""
+    name = eqn.primitive.name
+    if name == "jit":
+        return not has_shardings(eqn)
+    return name in ("closed_call", "core_call", "eval_jaxpr") or (
+        name in ("checkpoint", "remat2") and not eqn.params["differentiated"]
+    )
+
+
+def needed(
+    eqns: Sequence[JaxprEqn], known: Iterable[Any], wanted: Iterable[Any], effects: bool = False
+) -> tuple[list[JaxprEqn], set[Any]]:
+    """Returns the equations that compute ``wanted`` variables from ``known`` ones, and which known ones they use.
+
+    Outputs of a loop or a branch that nothing needs are taken out of it. With ``effects``, equations that have
+    effects stay.
+
+    Raises:
+      ValueError: a variable that does not follow from the known ones.
+    """
+    known = set(known)
+    missing = {v for v in wanted if v not in known}
+    used = {v for v in wanted if v in known}
+    kept: list[JaxprEqn] = []
+    for eqn in reversed(eqns):
+        uses = [v in missing for v in eqn.outvars]
+        if not any(uses) and not (effects and eqn.effects):
+            continue
+        rule = partial_eval.dce_rules.get(eqn.primitive)
+        pruned = rule(uses, eqn)[1] if rule is not None and not all(uses) else eqn
+        if pruned is None:
+            continue
+        kept.append(pruned)
+        missing.difference_update(eqn.outvars)
+        inputs = {v for v in pruned.invars if not isinstance(v, Literal)}
+        used |= inputs & known
+        missing |= inputs - known
+    if missing:
+        raise ValueError(f"variables {missing} do not follow from the known ones")
+    return kept[::-1], used
+
+
+def primal_of(jaxpr: Jaxpr) -> Callable[..., list[Any]] | None:
+    """Returns the function that the one custom_vjp call in ``jaxpr`` has a rule for; None if there is not one."""
+    if sum(eqn.primitive.name == "custom_vjp_call" for eqn in jaxpr.eqns) != 1:
+        return None
+
+    def primal(*args: Any) -> list[Any]:
+        env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "custom_vjp_call":
+                values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+                env.update(zip(eqn.outvars, evaluate(body_of(eqn), values)))
+            else:
+                run([eqn], env)
+        return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+
+    return primal
+
+
+def symbolic_zero(x: Any) -> Any:
+    """Returns a cotangent of a custom_vjp rule, symbolic zeros too, in the form that a vjp function takes."""
+    return Zero(x.aval) if isinstance(x, SymbolicZero) else x
 
 
 def scan_parts(eqn: JaxprEqn) -> Loop:
@@ -126,6 +239,16 @@ def out_shape(eqn: JaxprEqn) -> tuple[int, ...]:
     """Returns the shape of the first output of an equation."""
     aval: Any = eqn.outvars[0].aval
     return tuple(aval.shape)
+
+
+def local_size(aval: Any) -> int:
+    """Returns the size of the last axis on one device, as far as the type tells (with explicit mesh axes it does)."""
+    if not aval.shape:
+        return 1
+    sharding: Any = getattr(aval, "sharding", None)
+    entry = sharding.spec[-1] if sharding is not None and len(sharding.spec) == len(aval.shape) else None
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return aval.shape[-1] // math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def has_shardings(eqn: JaxprEqn) -> bool:

@@ -1,8 +1,9 @@
 """The registry of lift rules: how an operation consumes weight views.
 
 `memjax.lift` evaluates the jaxpr of a function. Where a view meets an equation, it looks for a rule under the
-equation's primitive name; for calls of functions wrapped by `operation`, under the operation's name. A room registers
-the rules of its own operations here, so that it need not import the interpreter.
+equation's primitive name; for calls of functions wrapped by `operation`, under the operation's name; and a function
+wrapped by `transformation` it lifts before it transforms it again. A room registers its own operations and
+transformations here, so that it need not import the interpreter.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 
 _OPERATION_PREFIX = "memjax."
 _rules: dict[str, Callable[..., Any]] = {}
+_transformations: dict[str, Callable[..., Callable[..., Any]]] = {}
 
 
 def register_rule(name: str, rule: Callable[..., Any]) -> None:
@@ -57,3 +59,50 @@ def rule_for(jit_name: str) -> Callable[..., Any] | None:
     if not jit_name.startswith(_OPERATION_PREFIX):
         return None
     return _rules.get(jit_name.removeprefix(_OPERATION_PREFIX))
+
+
+class _SettingsName(str):
+    """The name of a nested jit, which jax hands through its transformations, with settings attached."""
+
+    settings: Any
+
+
+def register_transformation(name: str, apply: Callable[..., Callable[..., Any]]) -> None:
+    """Registers how a function transformation is applied again to a function of weight views.
+
+    Args:
+      name: the name given to `transformation`.
+      apply: called as ``apply(fn, settings)``; returns the transformed ``fn``, a function of the same positional
+        arguments, any of which may be a pytree of arrays that stands for a weight.
+
+    Raises:
+      ValueError: the name has a transformation already.
+    """
+    if name in _transformations:
+        raise ValueError(f"transformation {name!r} is registered already")
+    _transformations[name] = apply
+
+
+def transformation(name: str, settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a `jax.custom_vjp` function of arrays as what the transformation ``name`` made of its primal function.
+
+    `memjax.lift` cannot look into a function with its own derivative. Where views reach one that is marked, it lifts
+    the primal function and applies the registered transformation with the same ``settings`` to the result.
+    """
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def named(*arrays: Any) -> Any:
+            return fn(*arrays)
+
+        named.__name__ = jit_name = _SettingsName(_OPERATION_PREFIX + name)
+        jit_name.settings = settings
+        return jax.jit(named)
+
+    return wrap
+
+
+def transformation_for(jit_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Returns ``fn -> transformed fn`` if a nested jit of this name is what `transformation` marked."""
+    if not isinstance(jit_name, _SettingsName):
+        return None
+    return functools.partial(_transformations[jit_name.removeprefix(_OPERATION_PREFIX)], settings=jit_name.settings)

@@ -163,7 +163,6 @@ def scan_layers(
 def checkpointed(body: Callable[..., Any], remat: Policy) -> Callable[..., Any]:
     """Returns the body of a scan, (carry, layer) -> (carry, y), with its remat policy; see `scan_layers`."""
 
-
     def named(carry: Any, layer: Any) -> Any:
         return body(jax.tree.map(lambda x: checkpoint_name(x, "block_input"), carry), layer)
 

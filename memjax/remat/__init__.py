@@ -1,7 +1,10 @@
-"""What reverse mode keeps between forward and backward: less of it, smaller, elsewhere, or nothing."""
+"""What reverse mode keeps between forward and backward: less of it, packed, elsewhere, or nothing."""
 
 from memjax.remat.checkpoint import NAMED, Name, Names, Policy, Remat, checkpoint, names, parse, quantized
+from memjax.remat.compress import compress_residuals
 from memjax.remat.offload import Offload, offload
+from memjax.remat.policy import ResidualPolicy
+from memjax.remat.residuals import Residual
 from memjax.remat.reversible import Reversible, reversible, reversible_scan
 from memjax.remat.spill import SpillStats, SpillStore, layers_to_offload, spill
 from memjax.remat.tiled import tiled
@@ -13,10 +16,13 @@ __all__ = [
     "Offload",
     "Policy",
     "Remat",
+    "Residual",
+    "ResidualPolicy",
     "Reversible",
     "SpillStats",
     "SpillStore",
     "checkpoint",
+    "compress_residuals",
     "layers_to_offload",
     "names",
     "offload",

@@ -85,9 +85,7 @@ Name = Literal[
 Policy = str | Remat | ResidualPolicy | Names | Offload
 
 
-def quantized(
-    bits: Bits = 8, *, group: int = 128, rounding: Literal["nearest", "stochastic"] = "nearest"
-) -> Remat:
+def quantized(bits: Bits = 8, *, group: int = 128, rounding: Literal["nearest", "stochastic"] = "nearest") -> Remat:
     """Returns the policy for `checkpoint` that keeps a function's packed inputs and computes all else again.
 
     Per element of the inputs it keeps ``bits / 8 + 4 / group`` bytes. Backward starts from the decoded inputs, so

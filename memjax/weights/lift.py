@@ -342,6 +342,11 @@ def _jit(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     rule = rules.rule_for(eqn.params["name"])
     if rule is not None and mode.usage is None:
         return jax.tree.leaves(rule(functools.partial(_lift, mode=mode), *values))
+    transform = rules.transformation_for(eqn.params["name"])
+    if transform is not None and mode.usage is None:
+        primal = jaxpr_compat.primal_of(jaxpr_compat.body_of(eqn))
+        if primal is not None:
+            return list(transform(_lift(primal, mode))(*values))
     if jaxpr_compat.has_shardings(eqn):
         raise UnsupportedError("it is a nested jit with in_shardings or out_shardings; put them on the outer jit")
     return _call(jaxpr_compat.body_of(eqn), mode)(*values)

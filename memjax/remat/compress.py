@@ -1,0 +1,445 @@
+"""`compress_residuals`: any function, with what reverse mode keeps of it stored as packed codes.
+
+Sources: Chen et al., ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training, 2021; Liu et
+al., GACT: Activation Compressed Training for Generic Network Architectures, 2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from memjax.codecs import Codec, Packed, pack, unpack
+from memjax.core import jaxpr_compat
+from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
+from memjax.core.paths import match, path_name
+from memjax.core.random_bits import seed_words
+from memjax.core.rules import register_transformation, transformation
+from memjax.core.views import is_view
+from memjax.remat.policy import ResidualPolicy
+from memjax.remat.residuals import Level, Linearized, Origins, Residual, Role, evaluate_levels, linearize
+
+Seed = int | Callable[..., Any]
+
+
+def compress_residuals(
+    f: Callable[..., Any],
+    policy: ResidualPolicy,
+    *,
+    params: Sequence[int | str] = (0,),
+    seed: Seed = 0,
+) -> Callable[..., Any]:
+    """Returns ``f`` such that what reverse mode keeps of it is stored as ``policy`` says.
+
+    Values are those of ``f``; gradients are taken at the stored arrays' decoded values. Nothing is computed twice but
+    what follows from the params alone (casts, transposes, decoded weights) or cheaply from captured values and integer
+    arguments (masks, rotary angles), and that is not kept. Arrays that differ in layout only are stored once.
+
+    Composes with jit, grad, vmap, scan, shard_map, pmap, `jax.checkpoint` inside and outside (minimise first:
+    ``compress_residuals(jax.checkpoint(f, policy=...), ...)``) and `memjax.lift` inside and outside; weight views are
+    params wherever they are. Wrap the body of a scan over layers, ``(carry, layer) -> (carry, y)``, with
+    ``params=(1,)``. Call it under jit: outside, every call traces and compiles ``f``. Derivatives are first-order and
+    reverse-mode only.
+
+    Args:
+      f: a function of pytrees; whatever in them is no array reaches it as it is. Values of enclosing traces that it
+        captures are kept by reference and differentiated.
+      policy: how arrays are stored.
+      params: which arguments hold weights: argument numbers, or patterns of paths that start with the number, such as
+        ``"1/0/**"``.
+      seed: for stochastic rounding: an integer, or a function of the arguments of ``f`` that returns an integer
+        scalar or a random key. Pass what tells steps and layers apart, or they share their noise; shards of a
+        shard_map and the arrays of one call have their own.
+
+    Returns:
+      A function of the same arguments.
+
+    Raises:
+      ValueError: (when called) ``params`` or ``inputs`` of the policy that name no argument; patterns of the policy
+        that match no residual.
+      TypeError: (when differentiated) forward-mode or second-order differentiation, for codes have no derivative.
+    """
+    if not isinstance(policy, ResidualPolicy):
+        raise TypeError(f"policy must be a ResidualPolicy, got {type(policy).__name__}")
+    params = (params,) if isinstance(params, int | str) else tuple(params)
+
+    @functools.wraps(f)
+    def compressed(*args: Any, **kwargs: Any) -> Any:
+        call = flatten_call(f, args, kwargs, params, policy.inputs)
+        settings = Settings(policy, call.roles, seed if isinstance(seed, int) else 0)
+        words = () if isinstance(seed, int) else seed_words(seed(*args, **kwargs))
+        outputs = _transform(call.fn, settings)(*words, *call.values)
+        return jax.tree.unflatten(call.out_tree(), outputs)
+
+    compressed.memjax_compressed = (f, policy, params)  # type: ignore[attr-defined]
+    return compressed
+
+
+class Call(NamedTuple):
+    """A call of a function in terms of its arrays.
+
+    Attributes:
+      fn: function of the arrays that returns the flat outputs.
+      values: the arrays.
+      roles: what each of them is.
+      out_tree: returns the structure of the output, once ``fn`` was traced.
+    """
+
+    fn: Callable[..., list[Any]]
+    values: list[Any]
+    roles: tuple[Role, ...]
+    out_tree: Callable[[], Any]
+
+
+def flatten_call(
+    f: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[int | str], inputs: Sequence[int | str]
+) -> Call:
+    """Returns ``f(*args, **kwargs)`` as a call of a flat function.
+
+    Raises:
+      ValueError: entries of ``params`` or ``inputs`` that name no argument.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_view)
+    labels = [path_name(keys[1:]) for keys, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    dynamic = [
+        i for i, leaf in enumerate(leaves) if is_view(leaf) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+    ]
+    is_param = _named("params", params, labels, len(args))
+    encode = _named("inputs", inputs, labels, len(args))
+    roles = [
+        Role(labels[i], "param" if is_param[i] or is_view(leaves[i]) else "input", encode[i] and not is_param[i])
+        for i in dynamic
+    ]
+    values, parts = jax.tree.flatten([leaves[i] for i in dynamic])
+    counts = [len(jax.tree.leaves(leaves[i])) for i in dynamic]
+    trees: list[Any] = []
+
+    def fn(*values: Any) -> list[Any]:
+        full = list(leaves)
+        for i, leaf in zip(dynamic, jax.tree.unflatten(parts, values)):
+            full[i] = leaf
+        args, kwargs = jax.tree.unflatten(tree, full)
+        outputs, out_tree = jax.tree.flatten(f(*args, **kwargs))
+        trees.append(out_tree)
+        return outputs
+
+    roles = [role for role, count in zip(roles, counts) for _ in range(count)]
+    return Call(fn, values, tuple(roles), lambda: trees[-1])
+
+
+def _named(field: str, entries: Sequence[int | str], labels: list[str], n_args: int) -> list[bool]:
+    """Returns which labels the argument numbers and patterns name."""
+    chosen = [False] * len(labels)
+    for entry in entries:
+        if isinstance(entry, int) and not 0 <= entry < n_args:
+            raise ValueError(f"{field} names argument {entry} of a call with {n_args} positional arguments")
+        found = [
+            label.split("/")[0] == str(entry) if isinstance(entry, int) else match(entry, label) for label in labels
+        ]
+        if isinstance(entry, str) and not any(found):
+            raise ValueError(f"{field} names {entry!r}, which matches no argument; they are: {', '.join(labels)}")
+        chosen = [a or b for a, b in zip(chosen, found)]
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one flat function is compressed.
+
+    Attributes:
+      roles: of the last arguments; two seed words may come before them.
+    """
+
+    policy: ResidualPolicy
+    roles: tuple[Role, ...]
+    seed: int
+
+
+def _transform(fn: Callable[..., Any], settings: Settings) -> Callable[..., list[Any]]:
+    """Returns ``fn`` compressed, as a function of (seed words,) and arrays, or pytrees of a weight's arrays."""
+
+    def call(*values: Any) -> list[Any]:
+        seeds, values = values[: len(values) - len(settings.roles)], values[len(values) - len(settings.roles) :]
+        leaves, tree = jax.tree.flatten(values)
+        roles: list[Role] = []
+        for value, role in zip(values, settings.roles):
+            inner = jax.tree.leaves(value)
+            roles += [role] if len(inner) == 1 and inner[0] is value else [Role(role.label, "param")] * len(inner)
+        body, _ = jaxpr_compat.trace(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), *leaves)
+        captured = jaxpr_compat.consts_of(body)
+        roles = [Role(f"captured/{i}", "captured") for i in range(len(captured))] + roles
+        flat = Settings(settings.policy, tuple(roles), settings.seed)
+        marked = transformation("compress_residuals", flat)(_custom(body, flat, bool(seeds)))
+        return marked(*seeds, *captured, *leaves)
+
+    return call
+
+
+def _custom(body: Jaxpr, settings: Settings, has_seed: bool) -> Callable[..., list[Any]]:
+    """Returns a jaxpr, whose constants are arguments, with the derivative of `compress_residuals`."""
+    body, n_seeds = jaxpr_compat.without_consts(body), 2 if has_seed else 0
+    plans: dict[Any, Plan] = {}
+
+    @jax.custom_vjp
+    def evaluate(*values: Any) -> list[Any]:
+        return jaxpr_compat.evaluate(body, values[n_seeds:])
+
+    def forward(*primals: Any) -> Any:
+        values = [p.value for p in primals]
+        perturbed = tuple(p.perturbed and jnp.issubdtype(p.value.dtype, jnp.inexact) for p in primals)
+        seeds, values, perturbed = values[:n_seeds], values[n_seeds:], perturbed[n_seeds:]
+        key = perturbed, tuple(map(jax.typeof, values))
+        if key not in plans:
+            plans[key] = make_plan(linearize(body, values, perturbed), settings.roles, settings.policy)
+        outputs, stored = _forward(plans[key], settings, values, seeds)
+        return outputs, Saved(stored, [values[i] for i in plans[key].arguments], plans[key], perturbed)
+
+    def backward(saved: Saved, cotangents: list[Any]) -> tuple[Any, ...]:
+        grads = iter(_backward(saved, [jaxpr_compat.symbolic_zero(ct) for ct in cotangents]))
+        return (*[None] * n_seeds, *(next(grads) if p else None for p in saved.perturbed))
+
+    evaluate.defvjp(forward, backward, symbolic_zeros=True)
+    return evaluate
+
+
+register_transformation("compress_residuals", _transform)
+
+
+# ---- what is stored ------------------------------------------------------------------------------------------------
+
+
+class Mask(NamedTuple):
+    """One bit per element, packed along one axis."""
+
+    axis: int
+
+
+class Row(NamedTuple):
+    """What happens to one array that reverse mode keeps.
+
+    Attributes:
+      residual: the array.
+      action: "param", "captured", "input", "rebuilt", "shared", "kept", "1-bit", "4-bit" and the like.
+      stored_bytes: bytes that are stored for it.
+    """
+
+    residual: Residual
+    action: str
+    stored_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """How a linearized function keeps its residuals.
+
+    Attributes:
+      linearized: the function.
+      stored: variables to store, each with its codec, a `Mask`, or None to keep it as it is.
+      offloaded: which of them go to host memory.
+      forward: the equations that compute the outputs and what is stored.
+      backward: the equations that compute the leaves of the vjp function from the arguments and what is stored.
+      arguments: numbers of the arguments that the backward needs.
+      rows: for the report.
+    """
+
+    linearized: Linearized
+    stored: list[tuple[Any, Codec | Mask | None]]
+    offloaded: list[bool]
+    forward: list[JaxprEqn]
+    backward: list[JaxprEqn]
+    arguments: list[int]
+    rows: list[Row]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("stored", "arguments"), meta_fields=("plan", "perturbed")
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Saved:
+    """What forward hands to backward.
+
+    Attributes:
+      stored: codes and arrays, as ``plan.stored`` says.
+      arguments: the arguments of the function that the backward needs.
+    """
+
+    stored: list[Any]
+    arguments: list[Any]
+    plan: Plan
+    perturbed: tuple[bool, ...]
+
+
+def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPolicy) -> Plan:
+    """Decides for every array that reverse mode keeps what is stored of it."""
+    jaxpr, origins = linearized.jaxpr, Origins(linearized.jaxpr, roles)
+    levels = evaluate_levels(jaxpr, [_argument_level(role, v.aval) for role, v in zip(roles, jaxpr.invars)])
+    kept = list(dict.fromkeys(v for v in linearized.leaves if not isinstance(v, Literal)))
+    groups: dict[Any, list[Any]] = {}
+    for v in kept:
+        if levels[v] > Level.CHEAP:
+            groups.setdefault(origins.root(v), []).append(v)
+    total = sum(_nbytes(v.aval) for group in groups.values() for v in group)
+
+    rows: dict[Any, Row] = {}
+    stored: list[tuple[Any, Any]] = []
+    for root, members in groups.items():
+        target = root if len(members) > 1 or origins.role(root) is not None else members[0]
+        role = origins.role(root)
+        residual = origins.describe(target)
+        how: Codec | Mask | None = None
+        if target.aval.dtype == jnp.bool_:
+            how = _mask(target.aval.shape)
+        elif jnp.issubdtype(target.aval.dtype, jnp.floating) and levels[target] == Level.DATA:
+            how = policy.codec(residual, total) if role is None or role.encode else None
+        if how is None and role is None and _nbytes(root.aval) < _nbytes(target.aval):
+            target = root
+        if role is None or role.encode:
+            stored.append((target, how))
+            row = Row(residual, _action(how), _stored_bytes(how, target.aval))
+        else:
+            row = Row(residual, "input", residual.nbytes)
+        for v in members:
+            rows[v] = row if v is members[0] else Row(origins.describe(v), "shared", 0)
+    for v in kept:
+        if v not in rows:
+            role = origins.role(v)
+            rows[v] = Row(origins.describe(v), "rebuilt" if role is None else role.kind, 0)
+    policy.check_names([row.residual.name for row in rows.values()])
+
+    variables = [v for v, _ in stored]
+    outputs = [v for v in jaxpr.outvars[: linearized.n_outputs] if not isinstance(v, Literal)]
+    forward, _ = jaxpr_compat.needed(
+        jaxpr.eqns, [*jaxpr.invars, *jaxpr.constvars], [*outputs, *variables], effects=True
+    )
+    backward, used = jaxpr_compat.needed(jaxpr.eqns, [*jaxpr.invars, *jaxpr.constvars, *variables], kept)
+    arguments = [i for i, v in enumerate(jaxpr.invars) if v in used and v not in variables]
+    offloaded = [policy.offload is not None and v.aval.size >= policy.min_size for v in variables]
+    return Plan(linearized, stored, offloaded, forward, backward, arguments, [rows[v] for v in kept])
+
+
+def _argument_level(role: Role, aval: Any) -> Level:
+    if role.kind == "param":
+        return Level.PARAM
+    return Level.CHEAP if role.kind == "captured" or not jnp.issubdtype(aval.dtype, jnp.inexact) else Level.DATA
+
+
+def _nbytes(aval: Any) -> int:
+    return Residual("", tuple(aval.shape), aval.dtype, "", False, 1).nbytes
+
+
+def _mask(shape: tuple[int, ...]) -> Mask | None:
+    axes = [axis for axis in range(-1, -len(shape) - 1, -1) if shape[axis] and shape[axis] % 8 == 0]
+    return Mask(axes[0]) if axes else None
+
+
+def _action(how: Codec | Mask | None) -> str:
+    if how is None:
+        return "kept"
+    if isinstance(how, Mask):
+        return "1-bit"
+    return "fp8" if type(how).__name__ == "Fp8" else f"{how.bits}-bit"
+
+
+def _stored_bytes(how: Codec | Mask | None, aval: Any) -> int:
+    x = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    if how is None:
+        return _nbytes(x)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda x: _store(how, x), x)))
+
+
+# ---- forward and backward ------------------------------------------------------------------------------------------
+
+
+def _forward(
+    plan: Plan, settings: Settings, values: Sequence[Any], seeds: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    jaxpr = plan.linearized.jaxpr
+    env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr))) | dict(zip(jaxpr.invars, values))
+    jaxpr_compat.run(plan.forward, env)
+    outputs = [_read(env, atom) for atom in jaxpr.outvars[: plan.linearized.n_outputs]]
+    words = _words(settings, seeds)
+    stored = [
+        _store(how, env[v], None if words is None else jnp.stack([*words, np.uint32(i)]))
+        for i, (v, how) in enumerate(plan.stored)
+    ]
+    # Without the barrier the originals may stay alive until backward, to be encoded there.
+    forwarded = [any(output is value for value in values) for output in outputs]
+    coded = [how is not None for _, how in plan.stored]
+    if any(coded):
+        fresh, codes = lax.optimization_barrier(
+            ([x for x, same in zip(outputs, forwarded) if not same], [x for x, c in zip(stored, coded) if c])
+        )
+        rest, packed = iter(fresh), iter(codes)
+        outputs = [x if same else next(rest) for x, same in zip(outputs, forwarded)]
+        stored = [next(packed) if c else x for x, c in zip(stored, coded)]
+    stored = [_move(x, jax.memory.Space.Host) if off else x for x, off in zip(stored, plan.offloaded)]
+    return outputs, stored
+
+
+def _backward(saved: Saved, cotangents: list[Any]) -> Sequence[Any]:
+    plan, jaxpr = saved.plan, saved.plan.linearized.jaxpr
+    env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr)))
+    env.update(zip([jaxpr.invars[i] for i in plan.arguments], saved.arguments))
+    for (v, how), x, off in zip(plan.stored, saved.stored, plan.offloaded):
+        env[v] = _restore(how, _move(x, jax.memory.Space.Device) if off else x)
+    jaxpr_compat.run(plan.backward, env)
+    vjp = jax.tree.unflatten(plan.linearized.tree, [_read(env, atom) for atom in plan.linearized.leaves])
+    return vjp(cotangents)
+
+
+def _read(env: dict[Any, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def _words(settings: Settings, seeds: Sequence[Any]) -> list[Any] | None:
+    """Returns the words of the seed for stochastic rounding on this shard, None for nearest."""
+    if settings.policy.rounding == "nearest":
+        return None
+    shard = [lax.axis_index(name).astype(jnp.uint32) for name in jaxpr_compat.manual_axes()]
+    return [*(seeds or [np.uint32(settings.seed & 0xFFFFFFFF)]), *shard]
+
+
+def _store(how: Codec | Mask | None, x: Any, key: Any = None) -> Any:
+    if how is None:
+        return x
+    if isinstance(how, Mask):
+        return pack(x.astype(jnp.uint8), 1, how.axis, 8)[0]
+    return _encode(how, _first_order(x), key)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _encode(codec: Codec, x: jax.Array, key: Any) -> Packed:
+    return codec.encode(x, -1, key)
+
+
+def _restore(how: Codec | Mask | None, stored: Any) -> Any:
+    if how is None:
+        return stored
+    if isinstance(how, Mask):
+        return unpack((stored,), 1, how.axis, 8).astype(jnp.bool_)
+    return stored.decode()
+
+
+def _move(x: Any, space: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space), x)
+
+
+@jax.custom_jvp
+def _first_order(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_first_order.defjvp
+def _second_order(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "second-order differentiation through compress_residuals: what backward reads are codes, which have no "
+        "derivative; differentiate the function without compress_residuals, or use ResidualPolicy(bits=32)"
+    )
