@@ -61,7 +61,7 @@ class Remat:
             raise ValueError(f"again must be 'none', 'full', 'dots', names(...) or offload(...), got {self.again!r}")
         if isinstance(self.again, Offload) and self.store is not None:
             raise ValueError(
-                "offload(...) moves tensors as they are; to move packed codes give ResidualPolicy(offload='pinned_host')"
+                "offload(...) moves tensors as they are; for packed codes there is ResidualPolicy(offload=...)"
             )
 
 
