@@ -26,7 +26,7 @@ def register_rule(name: str, rule: Callable[..., Any]) -> None:
       name: the name given to `operation`.
       rule: called as ``rule(lift, *arguments)``: the arguments as the operation got them, with opaque weights where
         views stood, which only functions wrapped by the given ``lift`` take in place of arrays; returns what the
-        operation returns.
+        operation returns. Operations with settings get them as ``settings=``.
 
     Raises:
       ValueError: the name has a rule already.
@@ -36,11 +36,18 @@ def register_rule(name: str, rule: Callable[..., Any]) -> None:
     _rules[name] = rule
 
 
-def operation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+class _SettingsName(str):
+    """The name of a nested jit, which jax hands through its transformations, with settings attached."""
+
+    settings: Any
+
+
+def operation(name: str, settings: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Marks a function as one operation that `memjax.lift` sees whole instead of tracing into it.
 
     The function takes arrays as positional arguments; close over settings. A rule registered under ``name`` then
-    evaluates it on views; without a rule, lift descends into the function as into any other.
+    evaluates it on views, with ``settings`` where they are given; without a rule, lift descends into the function as
+    into any other.
     """
 
     def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +55,8 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def named(*arrays: Any) -> Any:
             return fn(*arrays)
 
-        named.__name__ = _OPERATION_PREFIX + name
+        named.__name__ = jit_name = _SettingsName(_OPERATION_PREFIX + name)
+        jit_name.settings = settings
         return jax.jit(named)
 
     return wrap
@@ -58,13 +66,8 @@ def rule_for(jit_name: str) -> Callable[..., Any] | None:
     """Returns the rule of the operation that a nested jit of this name is, if there is one."""
     if not jit_name.startswith(_OPERATION_PREFIX):
         return None
-    return _rules.get(jit_name.removeprefix(_OPERATION_PREFIX))
-
-
-class _SettingsName(str):
-    """The name of a nested jit, which jax hands through its transformations, with settings attached."""
-
-    settings: Any
+    rule, settings = _rules.get(jit_name.removeprefix(_OPERATION_PREFIX)), getattr(jit_name, "settings", None)
+    return rule if rule is None or settings is None else functools.partial(rule, settings=settings)
 
 
 def register_transformation(name: str, apply: Callable[..., Callable[..., Any]]) -> None:
@@ -103,6 +106,7 @@ def transformation(name: str, settings: Any) -> Callable[[Callable[..., Any]], C
 
 def transformation_for(jit_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """Returns ``fn -> transformed fn`` if a nested jit of this name is what `transformation` marked."""
-    if not isinstance(jit_name, _SettingsName):
+    name = jit_name.removeprefix(_OPERATION_PREFIX)
+    if not isinstance(jit_name, _SettingsName) or name not in _transformations:
         return None
-    return functools.partial(_transformations[jit_name.removeprefix(_OPERATION_PREFIX)], settings=jit_name.settings)
+    return functools.partial(_transformations[name], settings=jit_name.settings)

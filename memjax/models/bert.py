@@ -19,7 +19,6 @@ from memjax.models.layers import (
 from memjax.models.layers import (
     Embedding,
     Linear,
-    Remat,
     Source,
     attend,
     prefix_length,
@@ -30,6 +29,7 @@ from memjax.models.layers import (
     with_prefix,
 )
 from memjax.ops import gelu, layer_norm
+from memjax.remat import Policy
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 
@@ -195,7 +195,7 @@ class Bert(nnx.Module):
         *,
         mask: jax.Array | None = None,
         token_types: jax.Array | None = None,
-        remat: Remat = "none",
+        remat: Policy = "none",
         attention: AttentionName | None = None,
         prefix: jax.Array | None = None,
     ) -> jax.Array:

@@ -10,17 +10,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from memjax.adapters import prepend
+from memjax.remat import Policy, Remat, checkpoint, parse
 
-Remat = Literal["none", "full", "dots"]
 Attention = Literal["xla", "cudnn"]
 
 _INIT = nnx.initializers.normal(0.02)
-_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Stages(NamedTuple):
@@ -74,7 +71,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        y = y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        return checkpoint_name(y, "linear_out")
 
 
 class Embedding(nnx.Module):
@@ -131,9 +129,12 @@ def attend(
             implementation=implementation,
         )
 
+    q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
     if implementation == "cudnn":
-        return join_heads(attention, q.shape[2])(q, k, v, mask)
-    return attention(q, k, v, mask).reshape(*q.shape[:2], -1)
+        out = join_heads(attention, q.shape[2])(q, k, v, mask)
+    else:
+        out = attention(q, k, v, mask).reshape(*q.shape[:2], -1)
+    return checkpoint_name(out, "attn_out")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -185,7 +186,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: 
 
 
 def scan_layers(
-    layers: nnx.Module, call: Callable[..., Any], carry: Any, xs: Any = None, *, remat: Remat = "none"
+    layers: nnx.Module, call: Callable[..., Any], carry: Any, xs: Any = None, *, remat: Policy = "none"
 ) -> Any:
     """Runs stacked layers one after another by `jax.lax.scan`.
 
@@ -194,8 +195,10 @@ def scan_layers(
       call: ``call(layer, carry, x) -> carry`` where x is the layer's slice of ``xs``.
       carry: what flows from layer to layer.
       xs: pytree of arrays ``[L, ...]``, or None.
-      remat: "none" keeps what reverse mode asks for; "full" keeps the carry only and runs each layer again in the
-        backward pass; "dots" also keeps the results of matrix products with weights.
+      remat: what backward finds kept of a layer and what it computes again: a policy of `memjax.remat.checkpoint`, or
+        a name that `memjax.remat.parse` knows, such as "none", "full" (keeps the carry), "linear" (and what linear
+        layers give), "8bit" and "full-8bit". The carry is named "block_input", what linear layers give "linear_out",
+        and what attention takes and gives "q", "k", "v" and "attn_out".
 
     Returns:
       The last carry.
@@ -209,11 +212,13 @@ def scan_layers(
     return jax.lax.scan(checkpointed(body, remat), carry, (state, xs))[0]
 
 
-def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """Returns the body of a scan such that reverse mode keeps what ``remat`` says; see `scan_layers`."""
-    if remat not in ("none", *_POLICIES):
-        raise ValueError(f"remat must be 'none', 'full' or 'dots', got {remat!r}")
-    return body if remat == "none" else jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
+def checkpointed(body: Callable[..., Any], remat: Policy) -> Callable[..., Any]:
+    """Returns the body of a scan, (carry, layer) -> (carry, y), with its remat policy; see `scan_layers`."""
+
+    def named(carry: Any, layer: Any) -> Any:
+        return body(jax.tree.map(lambda x: checkpoint_name(x, "block_input"), carry), layer)
+
+    return body if parse(remat) == Remat() else checkpoint(named, remat, params=(1,), prevent_cse=False)
 
 
 def with_prefix(prefix: jax.Array | None, x: jax.Array) -> jax.Array:

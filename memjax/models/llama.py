@@ -22,7 +22,6 @@ from memjax.models.layers import (
 from memjax.models.layers import (
     Embedding,
     Linear,
-    Remat,
     Source,
     attend,
     prefix_length,
@@ -33,6 +32,7 @@ from memjax.models.layers import (
     with_prefix,
 )
 from memjax.ops import rms_norm, rope, swiglu
+from memjax.remat import Policy
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -302,7 +302,7 @@ class Llama(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        remat: Remat = "none",
+        remat: Policy = "none",
         attention: AttentionName | None = None,
         prefix: jax.Array | None = None,
     ) -> jax.Array:

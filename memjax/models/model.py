@@ -14,8 +14,9 @@ from memjax.core.paths import leaf_paths, map_with_path
 from memjax.core.views import is_view
 from memjax.models import bert, llama
 from memjax.models.bert import Bert, BertConfig
-from memjax.models.layers import Attention, Remat, Stages, checkpointed, structure
+from memjax.models.layers import Attention, Stages, checkpointed, structure
 from memjax.models.llama import Llama, LlamaConfig
+from memjax.remat import Policy
 
 Config = LlamaConfig | BertConfig
 
@@ -117,7 +118,7 @@ class Model:
         mask: jax.Array | None = None,
         token_types: jax.Array | None = None,
         prefix: jax.Array | None = None,
-        remat: Remat = "none",
+        remat: Policy = "none",
         attention: Attention | None = None,
     ) -> jax.Array:
         """Returns the last hidden states ``[B, S, D]``, in the dtype of the embedding.
@@ -128,14 +129,14 @@ class Model:
           segment_ids, positions: int32 ``[B, S]``, decoders only; see `Llama`.
           mask, token_types: ``[B, S]``, encoders only; see `Bert`.
           prefix: a soft prompt ``[P, D]``, or ``[L, P, D]`` for one per layer, such as `memjax.adapters.Prompt` makes.
-          remat: "none", "full" or "dots"; see `memjax.models.layers.scan_layers`.
+          remat: such as "none", "full", "dots" or "8bit"; see `memjax.models.layers.scan_layers`.
           attention: "xla", "cudnn", or None for the best that runs.
         """
         own = self._inputs(segment_ids, positions, mask, token_types)
         return bind(self.config, params)(tokens, **own, prefix=prefix, remat=remat, attention=attention)
 
     def hiddens(
-        self, params: Any, tokens: jax.Array, *, remat: Remat = "none", **options: Any
+        self, params: Any, tokens: jax.Array, *, remat: Policy = "none", **options: Any
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the last hidden states ``[B, S, D]`` and what every block gave, ``[L, B, S, D]``.
 

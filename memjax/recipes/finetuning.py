@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memjax import adapters, models
+from memjax import adapters, models, remat
 from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
@@ -57,7 +57,9 @@ class FinetuneSettings:
       warmup: steps of linear warm-up.
       weight_decay: decoupled weight decay.
       clip: largest global norm of the gradients; None does not clip.
-      remat: what the backward pass computes again: full: each layer; dots: all but matrix products.
+      remat: what is kept of each layer for the backward pass: none: all; full: its input; linear: and what linear
+        layers give; dots: and matrix products; 8bit, 4bit, 2bit: all, packed; full-8bit, linear-8bit and the like:
+        the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
       chunk: tokens per chunk of logits.
       held_out: fraction of the data, at its end, that is held out.
       eval_windows: sequences of held-out data that are evaluated.
@@ -92,7 +94,7 @@ class FinetuneSettings:
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float | None = 1.0
-    remat: Literal["full", "dots", "none"] = "full"
+    remat: remat.Name = "full"
     chunk: int = 512
     held_out: float = 0.1
     eval_windows: int = 32
@@ -178,6 +180,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
     if settings.accumulate < 1 or settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
+    remat.parse(settings.remat)
     chosen = complete(
         settings.adapter, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, lr=settings.lr
     )
@@ -262,6 +265,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         f"{settings.model}: {nbytes(frozen) / 2**20:.1f} MiB frozen, {nbytes(state.theta) / 2**20:.2f} MiB trained; "
         f"{len(train.inputs)} training windows of {settings.seq} tokens"
     )
+    console.print(f"remat {settings.remat} keeps of each layer: {remat.NAMED[settings.remat][1]}")
     evaluate_at(0, start)
     sample_before = sample(start)
     del start

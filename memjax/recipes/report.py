@@ -71,9 +71,10 @@ class ByteReport(NamedTuple):
 
 
 def residual_bytes(loss: Callable[..., Any], theta: Any, *arguments: Any) -> int:
-    """Returns the bytes that reverse mode keeps between forward and backward, found by tracing.
+    """Returns the bytes of device memory that reverse mode keeps between forward and backward, found by tracing.
 
-    Weights and batches that are kept as they came in are not counted, and each array counts once.
+    Weights and batches that are kept as they came in are not counted, nor what is in host memory, and each array
+    counts once.
 
     Args:
       loss: ``loss(theta, *arguments)``, with an auxiliary output.
@@ -86,7 +87,8 @@ def residual_bytes(loss: Callable[..., Any], theta: Any, *arguments: Any) -> int
     jaxpr = jax.make_jaxpr(kept)(theta, *arguments).jaxpr
     given = {id(var) for var in (*jaxpr.invars, *jaxpr.constvars)}
     found = {id(var): var.aval for var in jaxpr.outvars if isinstance(var, Var) and id(var) not in given}
-    return nbytes(list(found.values()))
+    on_host = jax.memory.Space.Host
+    return nbytes([aval for aval in found.values() if getattr(aval, "memory_space", None) != on_host])
 
 
 def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk: int) -> int:

@@ -7,15 +7,15 @@ Sources: Gomez et al., "The Reversible Residual Network", 2017; Kitaev et al., "
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from memjax.core import jaxpr_compat
-from memjax.remat._closures import hoisted
+from memjax.core import jaxpr_compat, operation, register_rule
 
 Branch = Callable[[Any, jax.Array], jax.Array]
 
@@ -69,72 +69,152 @@ def reversible_scan(F: Branch, G: Branch, params: Any, x1: jax.Array, x2: jax.Ar
     Raises:
       ValueError: a branch that changes the shape or the dtype of its stream.
     """
-    params = tuple(params)
-    runs, consts = [], []
-    for name, branch, own, x in (("F", F, params[0], x2), ("G", G, params[1], x1)):
-        slices = jax.tree.map(lambda leaf: jaxpr_compat.abstract_like(leaf.shape[1:], leaf.dtype, [leaf]), own)
-        run, closed, out = hoisted(branch, slices, x)
+    jaxprs, parts = [], []
+    for name, branch, stack, x in (("F", F, params[0], x2), ("G", G, params[1], x1)):
+        slices = jax.tree.map(lambda leaf: jaxpr_compat.abstract_like(leaf.shape[1:], leaf.dtype, [leaf]), stack)
+        jaxpr, out = jaxpr_compat.trace(branch, slices, x)
         if (getattr(out, "shape", None), getattr(out, "dtype", None)) != (x.shape, x.dtype):
             raise ValueError(f"branch {name} must return {x.dtype}{list(x.shape)} like the stream it takes, got {out}")
-        runs.append(run)
-        consts.append(closed)
-    return _scan(tuple(runs), tuple(consts), params, x1, x2)
+        jaxprs.append(jaxpr_compat.without_consts(jaxpr))
+        parts.append((jaxpr_compat.consts_of(jaxpr), jax.tree.leaves(stack)))
+    settings = _Settings(tuple(jaxprs), jax.tree.structure(parts))
+    run = functools.partial(_run_arrays, settings)
+    y1, y2 = operation("reversible_scan", settings)(run)(*jax.tree.leaves(parts), x1, x2)
+    return y1, y2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(runs: Any, consts: Any, params: Any, x1: jax.Array, x2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def step(carry: Any, params: Any) -> tuple[Any, None]:
-        return _block(runs, consts).forward(params, *carry), None
+class _Settings(NamedTuple):
+    """The two branches as jaxprs of closed-over arrays, a slice of params and a stream.
 
-    return lax.scan(step, (x1, x2), params)[0]
+    Attributes:
+      jaxprs: of F and G.
+      tree: of ``[(closed-over arrays, stacked params) of F, of G]``.
+    """
 
-
-def _block(runs: Any, consts: Any) -> Reversible:
-    F, G = (functools.partial(run, closed) for run, closed in zip(runs, consts))
-    return reversible(F, G)
-
-
-def _forward(runs: Any, consts: Any, params: Any, x1: jax.Array, x2: jax.Array) -> Any:
-    y = _scan(runs, consts, params, x1, x2)
-    return y, (consts, params, y)
+    jaxprs: tuple[Any, ...]
+    tree: Any
 
 
-def _backward(runs: Any, kept: Any, slopes: Any) -> Any:
-    consts, params, y = kept
-
-    def undo(carry: Any, params: Any) -> Any:
-        """Undoes one block: from its outputs and their gradients to its inputs and theirs."""
-        (y1, y2), (d1, d2), sums = carry
-        out, back_g = jax.vjp(runs[1], consts[1], params[1], y1)
-        x2 = y2 - out
-        *of_g, through = back_g(d2)
-        d1 = d1 + through
-        out, back_f = jax.vjp(runs[0], consts[0], params[0], x2)
-        x1 = y1 - out
-        *of_f, through = back_f(d1)
-        of_consts, of_params = zip(of_f, of_g)
-        sums = [total + new.astype(jnp.float32) for total, new in zip(sums, _floats(of_consts, consts))]
-        return ((x1, x2), (d1, d2 + through), sums), _floats(of_params, params)
-
-    sums = [jaxpr_compat.vary_like(jnp.zeros(x.shape, jnp.float32), [x]) for x in _floats(consts, consts)]
-    (_, slopes, sums), of_params = lax.scan(undo, (y, tuple(slopes), sums), params, reverse=True)
-    of_consts = [total.astype(x.dtype) for total, x in zip(sums, _floats(consts, consts))]
-    return _refill(of_consts, consts), _refill(of_params, params), *slopes
+def _run_arrays(settings: _Settings, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    branches = [
+        lambda closed, params, x, jaxpr=jaxpr: jaxpr_compat.evaluate(jaxpr, [*closed, *params, x])[0]
+        for jaxpr in settings.jaxprs
+    ]
+    x1, x2 = arrays[-2:]
+    return _run(branches, jax.tree.unflatten(settings.tree, arrays[:-2]), x1, x2)
 
 
-_scan.defvjp(_forward, _backward)
+def _run_lifted(lift: Callable[..., Any], *values: Any, settings: _Settings) -> tuple[jax.Array, jax.Array]:
+    """The same with weight views among the values: a branch gets stacked views whole, and takes its slice of them."""
+    branches, parts = [], []
+    both = jax.tree.unflatten(settings.tree, values[:-2])
+    layers = jax.tree.leaves([params for _, params in both])[0].shape[0]
+    for jaxpr, (closed, params) in zip(settings.jaxprs, both):
+        arrays = [leaf if isinstance(leaf, jax.Array) else None for leaf in params]
+        views = [None if isinstance(leaf, jax.Array) else leaf for leaf in params]
+
+        def branch(whole: Any, slices: Any, x: jax.Array, jaxpr: Any = jaxpr) -> jax.Array:
+            closed, views = whole
+            arrays, i = slices
+
+            def run(closed: Any, views: Any, x: jax.Array) -> Any:
+                own = [
+                    array if view is None else lax.dynamic_index_in_dim(view, i, keepdims=False)
+                    for array, view in zip(arrays, views)
+                ]
+                return jaxpr_compat.evaluate(jaxpr, [*closed, *own, x])[0]
+
+            return lift(run)(closed, views, x)
+
+        branches.append(branch)
+        parts.append(((closed, views), (arrays, jnp.arange(layers))))
+    x1, x2 = values[-2:]
+    return _run(branches, parts, x1, x2)
+
+
+register_rule("reversible_scan", _run_lifted)
+
+
+def _run(branches: Sequence[Any], parts: Any, x1: jax.Array, x2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scans over reversible blocks.
+
+    Args:
+      branches: F and G as ``branch(whole, slices, x)``.
+      parts: ``(whole, stacks)`` for each of the two: pytrees of arrays that every layer gets whole, or its slice of.
+      x1, x2: the streams.
+    """
+    (F, G), (wholes, stacks) = branches, zip(*parts)
+
+    def block(wholes: Any) -> Reversible:
+        return reversible(functools.partial(F, wholes[0]), functools.partial(G, wholes[1]))
+
+    @jax.custom_vjp
+    def run(wholes: Any, stacks: Any, x1: jax.Array, x2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lax.scan(lambda x, slices: (block(wholes).forward(slices, *x), None), (x1, x2), stacks)[0]
+
+    def forward(*primals: Any) -> Any:
+        perturbed = _Perturbed(
+            tuple(p.perturbed and _is_float(p.value) for p in jax.tree.leaves(primals, is_leaf=_is_primal))
+        )
+        wholes, stacks, x1, x2 = jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal)
+        y = run(wholes, stacks, x1, x2)
+        return y, (wholes, stacks, y, perturbed)
+
+    def backward(kept: Any, slopes: Any) -> Any:
+        wholes, stacks, y, perturbed = kept
+        slopes = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in slopes]
+        count = len(jax.tree.leaves(wholes))
+        of_wholes, of_stacks = (
+            jax.tree.unflatten(jax.tree.structure(tree), flags)
+            for tree, flags in ((wholes, perturbed.flags[:count]), (stacks, perturbed.flags[count:-2]))
+        )
+
+        def vjp(branch: Any, which: int, slices: Any, x: jax.Array) -> Any:
+            """Returns the branch's output and the function from its slope to slopes of what is perturbed, and of x."""
+            whole, choice = (wholes[which], slices[which]), (of_wholes[which], of_stacks[which])
+
+            def run(variables: Any, x: jax.Array) -> jax.Array:
+                return branch(*jax.tree.map(lambda v, x: x if v is None else v, variables, whole, is_leaf=_is_none), x)
+
+            return jax.vjp(run, jax.tree.map(lambda x, p: x if p else None, whole, choice), x)
+
+        def undo(carry: Any, slices: Any) -> Any:
+            """Undoes one block: from its outputs and their slopes to its inputs and theirs."""
+            (y1, y2), (d1, d2), sums = carry
+            out, pull = vjp(G, 1, slices, y1)
+            x2 = y2 - out
+            (whole_g, slice_g), through = pull(d2)
+            d1 = d1 + through
+            out, pull = vjp(F, 0, slices, x2)
+            (whole_f, slice_f), through = pull(d1)
+            sums = jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, (whole_f, whole_g))
+            return ((y1 - out, x2), (d1, d2 + through), sums), (slice_f, slice_g)
+
+        sums = jax.tree.map(lambda x, p: jnp.zeros(x.shape, jnp.float32) if p else None, wholes, of_wholes)
+        (_, slopes, sums), of_slices = lax.scan(undo, (y, tuple(slopes), sums), stacks, reverse=True)
+        of_wholes = jax.tree.map(
+            lambda total, x: total if total is None else total.astype(x.dtype), sums, wholes, is_leaf=_is_none
+        )
+        return of_wholes, of_slices, *slopes
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run(wholes, stacks, x1, x2)
+
+
+@jax.tree_util.register_static
+class _Perturbed(NamedTuple):
+    """Which arrays, flat, are differentiated."""
+
+    flags: tuple[bool, ...]
+
+
+def _is_primal(x: Any) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _floats(tree: Any, like: Any) -> list[Any]:
-    """Returns the leaves of ``tree`` where those of ``like``, of the same structure, are floats."""
-    return [leaf for leaf, x in zip(jax.tree.leaves(tree), jax.tree.leaves(like)) if _is_float(x)]
-
-
-def _refill(floats: list[Any], like: Any) -> Any:
-    """Returns a tree like ``like`` of gradients: ``floats`` where it holds floats, None elsewhere."""
-    rest = iter(floats)
-    return jax.tree.map(lambda x: next(rest) if _is_float(x) else None, like)

@@ -176,7 +176,7 @@ def test_bad_calls_say_what_is_wrong():
         model.hidden(model.params, tokens[0])
     with pytest.raises(ValueError, match=r"segment_ids must have the shape of tokens \(1, 4\), got \(1, 3\)"):
         model.hidden(model.params, tokens, segment_ids=jnp.zeros((1, 3), jnp.int32))
-    with pytest.raises(ValueError, match="remat must be 'none', 'full' or 'dots', got 'all'"):
+    with pytest.raises(ValueError, match="remat='all' is not one of none, full, dots"):
         model.hidden(model.params, tokens, remat="all")
     with pytest.raises(ValueError, match="attention must be 'xla', 'cudnn' or None, got 'flash'"):
         model.hidden(model.params, tokens, attention="flash")

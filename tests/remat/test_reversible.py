@@ -127,6 +127,26 @@ def test_under_vmap_and_shard_map():
         assert relative_error(got, expected) < 1e-5
 
 
+def test_stacked_views_under_lift():
+    params, x1, x2, shared = problem(3)
+    floats, ints = split(params)
+    frozen = mj.weights.quantize(floats, mj.codecs.int8(group=16), where="**")
+    adapter = mj.adapters.lora(rank=2, targets="1/*")
+    theta = jax.tree.map(lambda leaf: leaf + 0.1, adapter.init(jax.random.key(2), frozen))
+
+    def gradient(scan):
+        return jax.jit(
+            jax.value_and_grad(
+                lambda theta, x1, shared: mj.lift(loss(scan, ints))(adapter.attach(frozen, theta), x1, x2, shared),
+                (0, 1, 2),
+            )
+        )(theta, x1, shared)
+
+    got, expected = gradient(mj.remat.reversible_scan), gradient(plain)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        assert relative_error(a, b) < 1e-5
+
+
 def test_a_branch_of_another_shape():
     params, x1, x2, _ = problem(1)
     with pytest.raises(ValueError, match=r"branch G must return float32\[8, 16\]"):
