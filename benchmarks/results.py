@@ -213,7 +213,30 @@ def _products(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]
     return parts
 
 
-TABLES = {"packed_matmul": _products, "formats": _formats, "adapters": _adapters}
+def _codes(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `codec`: one per case, a line per operation."""
+    parts = []
+    for row in rows:
+        lines = [
+            [
+                call["what"],
+                f"{call['kernel_us']:.1f}",
+                f"{100 * call['kernel_of_copy']:.0f} %",
+                f"{call['XLA_us']:.1f}",
+                f"{100 * call['XLA_of_copy']:.0f} %",
+                f"{call['XLA_us'] / call['kernel_us']:.2f}",
+            ]
+            for call in row["calls"]
+        ]
+        header = ("operation", "kernel us", "of copy rate", "XLA us", "of copy rate", "XLA / kernel")
+        size = " x ".join(map(str, row["shape"]))
+        parts.append(
+            f"**{row['case']}** ({size}, bf16; copy {row['copy_tb_per_s']:.2f} TB/s)\n\n" + _table(header, lines)
+        )
+    return parts
+
+
+TABLES = {"packed_matmul": _products, "codec": _codes, "formats": _formats, "adapters": _adapters}
 """Suite -> what is under its heading; other suites measure speed."""
 
 

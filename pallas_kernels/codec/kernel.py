@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -18,6 +19,8 @@ from pallas_kernels.codec import reference, words
 from pallas_kernels.codec.formats import Codes, Form
 
 THREADS = 128
+FACTORS = np.array([2 ** (32 - shift) for shift in words.SHIFTS], np.uint32)
+"""What follows the two words of a seed in memory."""
 
 
 class Config(NamedTuple):
@@ -25,9 +28,11 @@ class Config(NamedTuple):
 
     Attributes:
       units: units that a thread reads before it handles the first.
+      products: see `pallas_kernels.codec.words.Noise`; of no account when rounding to nearest.
     """
 
     units: int
+    products: int = 0
 
 
 def block_elements(form: Form, config: Config) -> int:
@@ -43,11 +48,16 @@ def encode_block(form: Form, config: Config, dtype: str, stochastic: bool, threa
     source = thread.pointer(x, thread.mul(where.element, words.ITEMSIZE[dtype]))
     elements = THREADS * form.unit
     units = [words.read_unit(thread, form, dtype, source, i * elements) for i in range(config.units)]
-    seed_words: Any = thread.read(thread.pointer(seed), 0, 2, once=False) if stochastic else None
+    held: list[Any] = []
+    if stochastic:
+        seed_at = thread.pointer(seed)
+        held = thread.read(seed_at, 0, 4, once=False) + thread.read(seed_at, 16, 1, once=False)
     counter = thread.add(thread.mul(block, elements * config.units), where.element)
     targets = words.code_pointers(thread, where, memrefs)
     for i, unit in enumerate(units):
-        noise = words.Noise(seed_words, thread.add(counter, i * elements)) if stochastic else None
+        noise = None
+        if stochastic:
+            noise = words.Noise((held[0], held[1]), tuple(held[2:]), thread.add(counter, i * elements), config.products)
         made, found = words.encode_unit(thread, form, dtype, unit, noise)
         words.write_codes(thread, form, where, targets, i * THREADS, made, found)
 
@@ -83,6 +93,8 @@ def encode(
     """
     count = block_elements(form, config)
     blocks = x.size // count
+    if seed is not None:
+        seed = jnp.concatenate([seed, FACTORS])
     sizes = [count * form.bits // 8, *([count // form.group] * (1 if form.symmetric else 2))]
 
     def body(x_ref: Any, *rest: Any) -> None:
@@ -90,7 +102,7 @@ def encode(
         seeds, outs = (list(rest[:1]), rest[1:]) if seed is not None else ([], rest)
         tiles = [ref.at[block] for ref in outs]
         if interpret:
-            words_read = tuple(seeds[0][...]) if seeds else None
+            words_read = tuple(seeds[0][:2]) if seeds else None
             made = reference.encode(x_ref[block], words_read, form, block * count)
             for tile, part in zip(tiles, made):
                 tile[...] = part

@@ -169,31 +169,47 @@ def find_range(thread: Any, form: Form, low: Any, high: Any, stochastic: bool) -
     return Range(*_or_one(thread, bits, thread.bits_and(bits, 0x7FFF)), None, None)
 
 
+SHIFTS = (15, 16, 8)
+"""Shifts of the hash and of its conversion to 24 bits, right."""
+
+
 class Noise(NamedTuple):
     """Random bits of a unit.
 
     Attributes:
       words: the two words of the seed.
+      factors: ``2**(32 - shift)`` for each of `SHIFTS`, in words of which the assembler does not know what they hold.
       counter: of the unit's first element, a multiple of 8.
+      products: how many of the 6 shifts of an element are done by products with ``factors``, which another part of
+        the processor works out than the shifts and the logic that keep it busy.
     """
 
     words: tuple[Any, Any]
+    factors: tuple[Any, ...]
     counter: Any
+    products: int
 
 
-def _random(thread: Any, words: tuple[Any, Any], counter: Any) -> list[Any]:
+def _random(thread: Any, noise: Noise, ahead: int) -> list[Any]:
     """Returns 24 random bits for each element of a span, those of `pallas_kernels._bits.uniform`."""
     ptx = thread.ptx
-    first = thread.xor(counter, words[0])
+    shifts = iter(range(6 * SPAN))
+
+    def shifted(x: Any, bits: int) -> Any:
+        if next(shifts) % 6 < noise.products:
+            return ptx("mul.hi.u32", x, noise.factors[SHIFTS.index(bits)])
+        return thread.shift_right(x, bits)
+
+    first = thread.xor(thread.add(noise.counter, ahead), noise.words[0])
     first = thread.xor(first, thread.shift_right(first, 16))  # alike for 8 counters, up to their lowest 3 bits
     found = []
     for i in range(SPAN):
         x = ptx("mul.lo.u32", thread.xor(first, i) if i else first, 0x7FEB352D)
-        x = ptx("mul.lo.u32", thread.xor(x, thread.shift_right(x, 15)), 0x846CA68B)
-        x = thread.add(thread.xor(x, thread.shift_right(x, 16)), words[1])
-        x = ptx("mul.lo.u32", thread.xor(x, thread.shift_right(x, 16)), 0x7FEB352D)
-        x = ptx("mul.lo.u32", thread.xor(x, thread.shift_right(x, 15)), 0x846CA68B)
-        found.append(thread.shift_right(thread.xor(x, thread.shift_right(x, 16)), 8))
+        x = ptx("mul.lo.u32", thread.xor(x, shifted(x, 15)), 0x846CA68B)
+        x = thread.add(thread.xor(x, shifted(x, 16)), noise.words[1])
+        x = ptx("mul.lo.u32", thread.xor(x, shifted(x, 16)), 0x7FEB352D)
+        x = ptx("mul.lo.u32", thread.xor(x, shifted(x, 15)), 0x846CA68B)
+        found.append(shifted(thread.xor(x, shifted(x, 16)), 8))
     return found
 
 
@@ -216,8 +232,7 @@ def make_codes(thread: Any, form: Form, values: list[list[Any]], found: Range, n
     for j, span in enumerate(values):
         whole = []
         if noise is not None:
-            start = thread.add(noise.counter, j * form.group // form.spans)
-            random = _random(thread, noise.words, start)
+            random = _random(thread, noise, j * form.group // form.spans)
         for i, value in enumerate(span):
             if found.offset is not None:
                 value = ptx("sub.f32", value, found.offset)

@@ -86,6 +86,7 @@ INSTRUCTIONS = {
     "sub.u32": lambda a, b: a - b,
     "min.u32": np.minimum,
     "mul.lo.u32": lambda a, b: a * b,
+    "mul.hi.u32": lambda a, b: (a.astype(np.uint64) * b >> np.uint64(32)).astype(U32),
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
