@@ -561,8 +561,8 @@ def _terms(
         (x, w, labels, bias), found, optional, flags = kept
         pulled, evenly, z = (leaf if leaf.size else None for leaf in optional)
         moves_x, *moves_w, moves_bias = (bool(flag.size) for flag in flags)
-        terms = _Terms(*(*found, pulled, evenly))
-        kept = _Kept(x, w, labels, bias, terms, z, moves_x, tuple(moves_w), moves_bias)
+        gathered = _Terms(*(*found, pulled, evenly))
+        kept = _Kept(x, w, labels, bias, gathered, z, moves_x, tuple(moves_w), moves_bias)
         if not any((*moves_w, moves_bias)):
             dx = _backward_frozen(head, kept.found, w, labels, by)
             return dx, jax.tree.unflatten(tree, [None] * tree.num_leaves), None, None
