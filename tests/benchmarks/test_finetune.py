@@ -66,7 +66,7 @@ def test_memjax_and_the_baseline_compute_the_same_loss_and_gradients():
 
     def theirs(theta):
         plain, factors = to_plain(params, theta)
-        x = plain_jax.hidden(config, plain, factors, 8.0 / 4, tokens[:, :-1], "xla")
+        x = plain_jax.hidden(config, plain, factors, 8.0 / 4, tokens[:, :-1], "xla", "full")
         return plain_jax.chunked_cross_entropy(x.reshape(-1, config.d_model), plain["head"], tokens[:, 1:].ravel(), 8)
 
     loss, grads = jax.jit(jax.value_and_grad(ours))(theta)
