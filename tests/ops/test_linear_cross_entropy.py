@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from dataclasses import replace
 
 import jax
@@ -18,11 +19,11 @@ from tests.random_views import array, assert_close, builder, factors
 T, D, V = 13, 8, 50
 
 
-def inputs(seed=0, dtype=jnp.float32, w_axis=0):
-    w = array(seed + 1, D, V) if w_axis == 0 else array(seed + 1, V, D)
-    arrays = {"x": array(seed, T, D), "w": w, "bias": array(seed + 2, V)}
+def inputs(seed=0, dtype=jnp.float32, w_axis=0, entries=V):
+    w = array(seed + 1, D, entries) if w_axis == 0 else array(seed + 1, entries, D)
+    arrays = {"x": array(seed, T, D), "w": w, "bias": array(seed + 2, entries)}
     arrays = {name: leaf.astype(dtype) for name, leaf in arrays.items()}
-    labels = jax.random.randint(jax.random.key(seed), (T,), 0, V).at[jnp.array([3, 7])].set(-100)
+    labels = jax.random.randint(jax.random.key(seed), (T,), 0, entries).at[jnp.array([3, 7])].set(-100)
     return arrays | {"weights": jnp.abs(array(seed + 3, T))}, labels
 
 
@@ -109,6 +110,30 @@ def test_values_and_gradients_of_every_input(settings, names, chunk):
 
 
 HEADS = {"frozen": ("x",), "trained": ("x", "w")}
+KERNELS = {
+    ("plain", "frozen", 4),
+    ("softcap", "trained", 3),
+    ("all", "trained", 3),
+    ("label smoothing", "trained", T),
+    ("all", "frozen", 4),
+    ("plain", "trained", 3),
+    ("all", "trained", T),
+}
+SOME_KERNELS = {("plain", "frozen", 4), ("softcap", "trained", 3), ("label smoothing", "trained", T)}
+
+
+@pytest.mark.parametrize(
+    "settings, names, chunk",
+    [pytest.param(*case, marks=() if case in SOME_KERNELS else pytest.mark.slow) for case in sorted(KERNELS)],
+)
+def test_the_way_with_kernels(settings, names, chunk, monkeypatch):
+    """What the kernels give is what their references give, which run on any device."""
+    monkeypatch.setattr(sys.modules[linear_cross_entropy.__module__], "_kernels_run", lambda *_: True)
+    settings, names = SETTINGS[settings], TRAINED[names]
+    arrays, labels = inputs(w_axis=settings.get("w_axis", 0), entries=600)  # 3 * 600 logits are a slab of 256
+    labels = jnp.where(labels == -100, settings.get("ignore_index", -100), labels)
+    got = actual(arrays, labels, names, chunk=chunk, implementation="mosaic_gpu", **settings)
+    assert_close(got, expected(arrays, labels, names, **settings), 5e-6)
 
 
 @pytest.mark.parametrize("names", HEADS.values(), ids=HEADS)
@@ -362,6 +387,7 @@ def test_bad_settings():
         "reduction='max'": {"reduction": "max"},
         "chunk=0": {"chunk": 0},
         "implementation='cuda'": {"implementation": "cuda"},
+        "cannot run: the default device is no Hopper GPU; x is float32": {"implementation": "mosaic_gpu"},
         "w_axis=2": {"w_axis": 2},
         "must be integers": {"labels": x[:, 0]},
     }
