@@ -34,10 +34,10 @@ import memjax as mj
 from benchmarks import quality
 from benchmarks.quality import KERNELS
 from memjax import adapters, models
+from memjax.ops import linear_cross_entropy
 from memjax.recipes import data
 from memjax.recipes.data import Windows
 from memjax.recipes.evaluate import make_evaluate
-from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.train import init_state, make_step
 
 RANK, ALPHA = 16, 32.0
@@ -175,7 +175,8 @@ class Bench:
                 prefix = adapter.prefix(theta) if isinstance(adapter, adapters.Prompt) else None
                 hidden = model.hidden(params, batch.inputs, prefix=prefix)
             weight, axis = model.head(params)
-            return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis)
+            options = {"weights": batch.weights, "w_axis": axis, "reduction": "sum", "chunk": 512}
+            return linear_cross_entropy(hidden, weight, batch.targets, **options), batch.weights.sum()
 
         def loss(theta: Any, frozen: Any, batch: Windows, key: Any) -> tuple[jax.Array, jax.Array]:
             params = adapter.attach(frozen, theta, key) if isinstance(adapter, adapters.Adapter) else frozen

@@ -84,7 +84,7 @@ def build_memjax(
     import memjax as mj
     from memjax import models
     from memjax.core.paths import map_with_path
-    from memjax.recipes.loss import chunked_cross_entropy
+    from memjax.ops import linear_cross_entropy
     from memjax.recipes.train import init_state, make_step
 
     model = models.Model(memjax_config(config))
@@ -116,7 +116,8 @@ def build_memjax(
     def loss_of_params(params: Any, tokens: Any) -> tuple[Any, Any]:
         x = model.hidden(params, tokens[:, :-1], remat=remat, attention=attention)
         weight, axis = model.head(params)
-        return chunked_cross_entropy(x, weight, tokens[:, 1:], head_axis=axis, chunk=CHUNK)
+        options = {"w_axis": axis, "reduction": "sum", "chunk": CHUNK}
+        return linear_cross_entropy(x, weight, tokens[:, 1:], **options), jnp.float32(tokens[:, 1:].size)
 
     def loss_fn(theta: Any, frozen: Any, tokens: Any, key: Any) -> tuple[Any, Any]:
         if rank is None:

@@ -25,10 +25,10 @@ from benchmarks import quality
 from benchmarks.quality import KERNELS
 from memjax import codecs, models
 from memjax.core.paths import leaf_paths, match
+from memjax.ops import linear_cross_entropy
 from memjax.recipes import data
 from memjax.recipes.data import Windows
 from memjax.recipes.evaluate import make_evaluate
-from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.train import check_finite, init_state, make_optimizer, make_step
 
 GROUP, RANK, SEED = 64, 16, 0
@@ -130,7 +130,8 @@ class Bench:
         def nll(params: Any, batch: Windows) -> tuple[jax.Array, jax.Array]:
             hidden = self.model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, attention="xla")
             weight, axis = self.model.head(params)
-            return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis)
+            options = {"weights": batch.weights, "w_axis": axis, "reduction": "sum", "chunk": 512}
+            return linear_cross_entropy(hidden, weight, batch.targets, **options), batch.weights.sum()
 
         run = make_evaluate(lambda theta, frozen, batch, key: mj.lift(nll)(frozen, batch))
 

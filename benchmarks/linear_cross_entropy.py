@@ -56,19 +56,22 @@ def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
     """Returns name -> (loss of ``x, w, labels``, whether the head is trained), those with few temporaries first."""
     from memjax.ops import linear_cross_entropy
 
-    def ours(x: Any, w: Any, labels: Any, chunk: int | None = None) -> Any:
-        return linear_cross_entropy(x, w, labels, w_axis=head.w_axis, chunk=chunk)
+    def by(implementation: Any, chunk: int | None = None) -> Callable[..., Any]:
+        def loss(x: Any, w: Any, labels: Any) -> Any:
+            return linear_cross_entropy(x, w, labels, w_axis=head.w_axis, chunk=chunk, implementation=implementation)
+
+        return loss
 
     def plain(x: Any, w: Any, labels: Any) -> Any:
         return naive(x, w, labels, head.w_axis)
 
-    def all_logits(x: Any, w: Any, labels: Any) -> Any:
-        return ours(x, w, labels, chunk=head.tokens)
-
     return {
-        "memjax, frozen": (ours, False),
-        "memjax, trained": (ours, True),
-        "memjax, trained, chunk of all tokens": (all_logits, True),
+        "memjax, frozen": (by(None), False),
+        "memjax by XLA, frozen": (by("xla"), False),
+        "memjax, trained": (by(None), True),
+        "memjax by XLA, trained": (by("xla"), True),
+        "memjax, trained, all kept": (by(None, head.tokens), True),
+        "memjax by XLA, trained, all kept": (by("xla", head.tokens), True),
         "naive, frozen": (plain, False),
         "naive, trained": (plain, True),
     }

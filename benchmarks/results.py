@@ -236,7 +236,41 @@ def _codes(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
     return parts
 
 
-TABLES = {"packed_matmul": _products, "codec": _codes, "formats": _formats, "adapters": _adapters}
+LOSSES_NOTE = """Forward and backward of the loss in bfloat16, w.r.t. the inputs (frozen) or the inputs and the head
+(trained). The floor is that of two products, or of three with a trained head, at the matmul rate of the same process;
+temporaries are XLA's."""
+
+
+def _losses(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `linear_cross_entropy`: one per head, a line per way."""
+    parts = [LOSSES_NOTE]
+    header = ("way", "ms", "floor ms", "x floor", "x naive", "temporaries MiB", "x naive")
+    for row in rows:
+        lines = [
+            [
+                way,
+                f"{found['ms']:.2f} ({found['min_ms']:.2f} to {found['max_ms']:.2f})",
+                f"{found['floor_ms']:.2f}",
+                f"{found['ms'] / found['floor_ms']:.2f}",
+                f"{found['time_over_naive']:.2f}",
+                _number(found["temp_bytes"] / 2**20),
+                f"{found['temp_over_naive']:.2f}",
+            ]
+            for way, found in row["ways"].items()
+        ]
+        dw_mib = row["dw_float32_bytes"] / 2**20
+        sizes = f"{row['tokens']} tokens, {row['width']} x {row['entries']}; a float32 gradient of the head is "
+        parts.append(f"**{row['case']}** ({sizes}{_number(dw_mib)} MiB)\n\n" + _table(header, lines))
+    return parts
+
+
+TABLES = {
+    "packed_matmul": _products,
+    "codec": _codes,
+    "linear_cross_entropy": _losses,
+    "formats": _formats,
+    "adapters": _adapters,
+}
 """Suite -> what is under its heading; other suites measure speed."""
 
 

@@ -11,6 +11,9 @@ tile to tile. What is differentiated decides how:
   logits (``chunk``): then they are kept in float32 from forward to backward, and there are no others.
 - A head that is a weight view is never cut: tiles are some tokens by the whole vocabulary.
 
+On a Hopper GPU kernels do as much for dense heads in 16 bits without writing logits in float32: what is written are
+exponentials or gradients, in 16 bits, with a frozen head of a block of tokens by the whole vocabulary.
+
 A gradient by logits is made in float32, softmax minus one-hot included, and rounded once. At the label it is taken from
 the sum of the other probabilities, so that it is exact where the label's own is near 1.
 
@@ -27,13 +30,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from memjax.core import jaxpr_compat, operation, register_rule
+from pallas_kernels import linear_cross_entropy as kernels
+from pallas_kernels.packed_matmul import on_hopper
 
 Reduction = Literal["mean", "sum", "none"]
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
 
 TILE = 2**24
 """Logits of a tile by default."""
@@ -41,6 +45,8 @@ FROZEN_TOKENS, TRAINED_ENTRIES, VIEW_TOKENS = 2048, 4096, 512
 """Shapes of tiles by default: most tokens at a frozen head, fewest of the vocabulary at a trained one, tokens at a
 view. Cutting the head costs a copy per block of tokens, and adding to the sums a pass over them per part of the
 vocabulary."""
+KERNEL_TILE, KERNEL_ENTRIES = 2**27, 6144
+"""Likewise for the kernels: numbers of a tile at a frozen head, which have 16 bits, and entries at a trained one."""
 LOW = float(jnp.finfo(jnp.float32).min)
 
 
@@ -86,13 +92,14 @@ def linear_cross_entropy(
       chunk: how many tokens' logits may exist at a time, as numbers: a tile has up to ``chunk * V`` logits of any
         tokens. None takes tiles of 2**24 logits or a little more. With a trained head that is no view, ``chunk`` of at
         least the number of tokens saves a product.
-      implementation: "reference" makes all logits and leaves the gradient to autodiff; "xla" and None do not.
+      implementation: "mosaic_gpu": kernels for dense heads in bfloat16 or float16 on a Hopper GPU; "xla"; "reference"
+        makes all logits and leaves the gradient to autodiff. None takes the kernels where they run, else "xla".
 
     Returns:
       float32 scalar, or ``[...]`` with reduction "none"; with ``return_lse`` a pair with a float32 ``[...]``.
 
     Raises:
-      ValueError: shapes that do not fit, or a setting out of its range.
+      ValueError: shapes that do not fit, a setting out of its range, or "mosaic_gpu" where it cannot run.
     """
     _check(x, w, labels, bias, weights, w_axis, softcap, label_smoothing, reduction, chunk, implementation)
     shape, entries = labels.shape, w.shape[1 - w_axis]
@@ -104,7 +111,7 @@ def linear_cross_entropy(
         wanted = jnp.where(counted, labels - first, -1)
     else:
         wanted = jnp.where(counted, labels, -1)
-    options = _Options(w_axis, softcap, label_smoothing > 0, chunk)
+    options = _Options(w_axis, softcap, label_smoothing > 0, chunk, implementation)
     terms = functools.partial(_reference, options=options) if implementation == "reference" else _operation(options)
     lse, target, total = terms(x, w, wanted, *([] if bias is None else [bias]))
     if axis_name is not None:
@@ -162,8 +169,8 @@ def _check(
         raise ValueError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none'")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    if implementation not in (None, "xla", "reference"):
-        raise ValueError(f"implementation={implementation!r} must be 'xla', 'reference' or None")
+    if implementation not in (None, "mosaic_gpu", "xla", "reference"):
+        raise ValueError(f"implementation={implementation!r} must be 'mosaic_gpu', 'xla', 'reference' or None")
 
 
 class _Options(NamedTuple):
@@ -173,6 +180,7 @@ class _Options(NamedTuple):
     softcap: float | None
     total: bool
     chunk: int | None
+    implementation: Implementation | None
 
 
 @functools.cache
@@ -236,6 +244,10 @@ class _Head:
         cap = self.options.softcap
         return z if cap is None else cap * jnp.tanh(z / cap)
 
+    def settings(self, bias: jax.Array | None) -> dict[str, Any]:
+        """Returns what the kernels are told of the logits."""
+        return {"bias": bias, "softcap": self.options.softcap, "w_axis": self.options.w_axis}
+
     def slope(self, z: jax.Array) -> jax.Array | float:
         """Returns the derivative of the cap, by capped logits."""
         cap = self.options.softcap
@@ -281,6 +293,9 @@ class _Slopes(NamedTuple):
     def at_label(self, rest: jax.Array) -> jax.Array:
         """Returns the derivative by the label's logit; of a plain loss, exactly ``-rest`` times that by the loss."""
         return (self.lse + self.target) - self.lse * rest
+
+    def for_kernels(self) -> kernels.Slopes:
+        return kernels.Slopes(self.lse, -self.target, None if self.total is None else -self.total)
 
 
 def _over(body: Callable[[Any, Any, int], Any], carry: Any, size: int, part: int) -> Any:
@@ -371,9 +386,9 @@ class _Kept(NamedTuple):
     bias: jax.Array | None
     found: _Terms
     z: jax.Array | None
-    moves_x: bool
-    moves_w: tuple[bool, ...]
-    moves_bias: bool
+    moves_x: int
+    moves_w: tuple[int, ...]
+    moves_bias: int
 
 
 def _forward_at_once(head: _Head, x: jax.Array, w: Any, bias: jax.Array | None, labels: jax.Array) -> Any:
@@ -386,6 +401,50 @@ def _forward_at_once(head: _Head, x: jax.Array, w: Any, bias: jax.Array | None, 
     target = jnp.where(is_label, z, 0.0).sum(axis=-1)
     total = z.sum(axis=-1) if head.options.total else None
     return _Terms(largest + jnp.log(rest + own), target, total, rest / (rest + own), None, None), z
+
+
+def _kernels_run(x: jax.Array, w: Any, options: _Options) -> bool:
+    """Returns whether the kernels take this head; raises if they were asked for and do not."""
+    if options.implementation == "xla":
+        return False
+    reasons = [] if on_hopper() else ["the default device is no Hopper GPU"]
+    if not isinstance(w, jax.Array):
+        reasons.append("the head is a weight view")
+    else:
+        reasons += kernels.unsupported(x, w, w_axis=options.w_axis)
+    if getattr(jax.typeof(x), "vma", None):
+        reasons.append("it is inside a shard_map that checks what varies")
+    if options.implementation == "mosaic_gpu" and reasons:
+        raise ValueError(f"the linear_cross_entropy kernels cannot run: {'; '.join(reasons)}")
+    return not reasons
+
+
+def _of_statistics(made: kernels.Statistics, labels: jax.Array, entries: int, pulled: jax.Array | None) -> _Terms:
+    rest = jnp.where((labels >= 0) & (labels < entries), -jnp.expm1(made.target - made.lse), 1.0)
+    return _Terms(made.lse, made.target, made.total, rest, pulled, None)
+
+
+def _forward_by_kernels(
+    head: _Head, x: jax.Array, w: jax.Array, bias: jax.Array | None, labels: jax.Array, pull: bool
+) -> _Terms:
+    """Returns the terms of all tokens; with ``pull``, by blocks of tokens whose probabilities exist in 16 bits."""
+    tokens, entries = x.shape[0], w.shape[1 - head.options.w_axis]
+    settings = head.settings(bias) | {"total": head.options.total}
+    if not pull:
+        return _of_statistics(kernels.lse_and_target(x, w, labels, **settings), labels, entries, None)
+
+    def of_block(rows: tuple[jax.Array, jax.Array]) -> _Terms:
+        x, labels = rows
+        made = kernels.exponentials(x, w, labels, **settings)
+        of_label = jnp.exp(made.statistics.target - made.statistics.lse)
+        slopes = kernels.Slopes(jnp.ones_like(of_label), of_label)
+        p = kernels.gradients_of_exponentials(made, labels, slopes, softcap=head.options.softcap)
+        return _of_statistics(made.statistics, labels, entries, head.pull(p, w).astype(x.dtype))
+
+    block = _part(head.options.chunk or KERNEL_TILE // entries, tokens)
+    if block == tokens:
+        return of_block((x, labels))
+    return _joined(lax.map(of_block, (_blocks(x, block), _blocks(labels, block))), tokens)
 
 
 Gradients = tuple[Any, Any, Any]  # by x, by w (a list of its leaves' for a view) and by bias; None where not asked
@@ -405,7 +464,7 @@ def _backward_frozen(head: _Head, found: _Terms, w: Any, labels: jax.Array, by: 
     return dx.astype(found.pulled.dtype)
 
 
-def _backward_tiles(head: _Head, kept: _Kept, by: _Slopes, part: int) -> Gradients:
+def _backward_tiles(head: _Head, kept: _Kept, by: _Slopes, part: int, by_kernels: bool) -> Gradients:
     """Returns the gradients at a dense head by tiles of all tokens and ``part`` entries, made again."""
     x, w, labels, bias, found = kept.x, kept.w, kept.labels, kept.bias, kept.found
     axis = 1 - head.options.w_axis
@@ -413,15 +472,20 @@ def _backward_tiles(head: _Head, kept: _Kept, by: _Slopes, part: int) -> Gradien
     def add(carry: Any, start: Any, size: int) -> Any:
         dx, dw, dbias = carry
         w_part, bias_part = head.cut(w, bias, start, size)
-        z = head.logits(x, w_part, bias_part)
-        dz = _by_logits(head, z, labels - start, found.lse, found.rest, by)
-        low = dz.astype(x.dtype)
+        if by_kernels:
+            slab = {"start": start, "columns": size} | head.settings(bias)
+            dz = low = kernels.logit_gradients(x, w, labels, found.lse, by.for_kernels(), **slab)
+        else:
+            z = head.logits(x, w_part, bias_part)
+            dz = _by_logits(head, z, labels - start, found.lse, found.rest, by)
+            low = dz.astype(x.dtype)
         if dx is not None:
             dx += head.pull(low, w_part)
         if dw is not None:
             dw = lax.dynamic_update_slice_in_dim(dw, head.push(x, low, w.dtype), start, axis)
         if dbias is not None:
-            dbias = lax.dynamic_update_slice_in_dim(dbias, dz.sum(axis=0).astype(dbias.dtype), start, 0)
+            sums = dz.sum(axis=0, dtype=jnp.float32).astype(dbias.dtype)
+            dbias = lax.dynamic_update_slice_in_dim(dbias, sums, start, 0)
         return dx, dw, dbias
 
     start = (
@@ -469,6 +533,17 @@ def _backward_at_once(head: _Head, kept: _Kept, by: _Slopes) -> Gradients:
     return dx, dw, dbias
 
 
+def _backward_of_exponentials(head: _Head, kept: _Kept, made: kernels.Exponentials, by: _Slopes) -> Gradients:
+    """Returns the gradients at a dense head from all exponentials, whose memory becomes that of their gradient."""
+    x, w, bias = kept.x, kept.w, kept.bias
+    dz = kernels.gradients_of_exponentials(made, kept.labels, by.for_kernels(), softcap=head.options.softcap)
+    dx = head.pull(dz, w).astype(x.dtype) if kept.moves_x else None
+    dw = head.push(x, dz, w.dtype) if any(kept.moves_w) else None
+    if bias is None or not kept.moves_bias:
+        return dx, dw, None
+    return dx, dw, dz.sum(axis=0, dtype=jnp.float32).astype(bias.dtype)
+
+
 def _backward_view(head: _Head, kept: _Kept, by: _Slopes, block: int) -> Gradients:
     """Returns the gradients at a head with trained leaves by blocks of tokens, whose logits are made again."""
     x, w, bias, found = kept.x, kept.w, kept.bias, kept.found
@@ -503,9 +578,6 @@ def _part(size: int, whole: int) -> int:
     return min(whole, part if part < 128 else -(-part // 128) * 128)
 
 
-_EMPTY = np.zeros(0, np.float32)
-
-
 def _is_primal(x: Any) -> bool:
     return hasattr(x, "perturbed")
 
@@ -527,42 +599,60 @@ def _terms(
     x, w, labels, biases = jax.tree.map(lambda leaf: jaxpr_compat.vary_like(leaf, arrays), (x, w, labels, biases))
     head, dense, chunk = _Head(lift, options), isinstance(w, jax.Array), options.chunk
     tokens, entries = x.shape[0], w.shape[1 - options.w_axis]
+    run_kernels = _kernels_run(x, w, options)
+    # Exponentials that underflow do not tell the slope of a cap.
+    exponentials = run_kernels and not (options.total and options.softcap is not None)
+    keep = dense and chunk is not None and chunk >= tokens and (exponentials or not run_kernels)
     tile = TILE if chunk is None else chunk * entries
     block = _part(FROZEN_TOKENS if dense else chunk or VIEW_TOKENS, tokens)
     part = _part(tile // block, entries) if dense else entries
     trained_block = tokens if dense else block
     trained_part = _part(max(tile // tokens, 1 if chunk else TRAINED_ENTRIES), entries) if dense else entries
+    if run_kernels:  # a slab starts at a multiple of 256
+        trained_part = min(entries, -(-(chunk * entries // tokens if chunk else KERNEL_ENTRIES) // 256) * 256)
     tree: Any = jax.tree.structure(w)
 
     @jax.custom_vjp
     def terms(x: jax.Array, w: Any, labels: jax.Array, bias: jax.Array | None) -> Any:
+        if run_kernels:
+            return _forward_by_kernels(head, x, w, bias, labels, False)[:3]
         return _forward(head, x, w, bias, labels, False, block, part)[:3]
 
     def forward(*primals: Any) -> tuple[Any, Any]:
         moves = [[leaf.perturbed for leaf in jax.tree.leaves(primal, is_leaf=_is_primal)] for primal in primals]
         x, w, labels, bias = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=_is_primal)
-        z = None
+        z = peaks = None
+        width = 0
         if not any((*moves[1], *moves[3])):
-            found = _forward(head, x, w, bias, labels, True, block, part)
-        elif dense and chunk is not None and chunk >= tokens:
+            if exponentials:
+                found = _forward_by_kernels(head, x, w, bias, labels, True)
+            else:
+                found = _forward(head, x, w, bias, labels, True, block, part)
+        elif keep and run_kernels:
+            made = kernels.exponentials(x, w, labels, **head.settings(bias), total=options.total)
+            found = _of_statistics(made.statistics, labels, entries, None)
+            z, peaks, width = made.values, made.peaks, made.width
+        elif keep:
             found, z = _forward_at_once(head, x, w, bias, labels)
+        elif run_kernels:
+            found = _forward_by_kernels(head, x, w, bias, labels, False)
         else:
             found = _forward(head, x, w, bias, labels, False, trained_block, trained_part)
-        # What is differentiated must not change the structure: jax takes that of one trace for another's, so what is
-        # absent is an array without elements, and a flag is the size of one.
-        optional = [_EMPTY if leaf is None else leaf for leaf in (found.pulled, found.evenly, z)]
-        flags = [jnp.zeros(int(flag)) for flag in (*moves[0], *moves[1], any(moves[3]))]
-        return found[:3], ((x, w, labels, bias), found[:4], optional, flags)
+        # What is differentiated must not change the structure, for jax takes that of one trace for another's: what is
+        # absent is an array without elements, and so is what is no array, as a shape.
+        optional = [jnp.zeros(0) if leaf is None else leaf for leaf in (found.pulled, found.evenly, z, peaks)]
+        facts = [jnp.zeros((int(fact), 0)) for fact in (*moves[0], *moves[1], any(moves[3]), width)]
+        return found[:3], ((x, w, labels, bias), found[:4], optional, facts)
 
     def backward(kept: Any, cotangents: Any) -> tuple[Any, Any, None, Any]:
         lse, target, total = (None if _is_zero(cotangent) else cotangent for cotangent in cotangents)
         zero = jnp.zeros(tokens)
         by = _Slopes(zero if lse is None else lse, zero if target is None else target, total)
-        (x, w, labels, bias), found, optional, flags = kept
-        pulled, evenly, z = (leaf if leaf.size else None for leaf in optional)
-        moves_x, *moves_w, moves_bias = (bool(flag.size) for flag in flags)
-        terms = _Terms(*(*found, pulled, evenly))
-        kept = _Kept(x, w, labels, bias, terms, z, moves_x, tuple(moves_w), moves_bias)
+        (x, w, labels, bias), found, optional, facts = kept
+        pulled, evenly, z, peaks = (leaf if leaf.size else None for leaf in optional)
+        moves_x, *moves_w, moves_bias, width = (fact.shape[0] for fact in facts)
+        gathered = _Terms(*(*found, pulled, evenly))
+        kept = _Kept(x, w, labels, bias, gathered, z, moves_x, tuple(moves_w), moves_bias)
         if not any((*moves_w, moves_bias)):
             dx = _backward_frozen(head, kept.found, w, labels, by)
             return dx, jax.tree.unflatten(tree, [None] * tree.num_leaves), None, None
@@ -570,7 +660,10 @@ def _terms(
             dx, grads, dbias = _backward_view(head, kept, by, block)
         else:
             if kept.z is None:
-                dx, dw, dbias = _backward_tiles(head, kept, by, trained_part)
+                dx, dw, dbias = _backward_tiles(head, kept, by, trained_part, run_kernels)
+            elif peaks is not None:
+                made = kernels.Exponentials(kept.z, peaks, kernels.Statistics(*found[:3]), width)
+                dx, dw, dbias = _backward_of_exponentials(head, kept, made, by)
             else:
                 dx, dw, dbias = _backward_at_once(head, kept, by)
             grads = [dw]

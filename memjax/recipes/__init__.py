@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from memjax.recipes.data import Loader, Windows
 from memjax.recipes.evaluate import Evaluation, make_evaluate
-from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.train import Metrics, TrainState, check_finite, init_state, make_optimizer, make_step
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ __all__ = [
     "Windows",
     "byte_report",
     "check_finite",
-    "chunked_cross_entropy",
     "finetune",
     "generate_text",
     "init_state",

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memjax import adapters, models, remat
 from memjax.core.bytes import compiled_bytes, nbytes
+from memjax.ops import linear_cross_entropy
 from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.formats import Format, codec_of
 from memjax.recipes.generation import continue_tokens
-from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.methods import AdapterName, complete, make_adapter, with_schedule
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
@@ -60,7 +60,7 @@ class FinetuneSettings:
       remat: what is kept of each layer for the backward pass: none: all; full: its input; linear: and what linear
         layers give; dots: and matrix products; 8bit, 4bit, 2bit: all, packed; full-8bit, linear-8bit and the like:
         the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
-      chunk: tokens per chunk of logits.
+      chunk: tokens whose logits exist at a time, as numbers.
       held_out: fraction of the data, at its end, that is held out.
       eval_windows: sequences of held-out data that are evaluated.
       eval_every: also evaluate every so many steps; 0: only before and after.
@@ -146,7 +146,8 @@ def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
         weight, axis = model.head(params)
-        return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis, chunk=settings.chunk)
+        options = {"weights": batch.weights, "w_axis": axis, "reduction": "sum", "chunk": settings.chunk}
+        return linear_cross_entropy(hidden, weight, batch.targets, **options), batch.weights.sum()
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lift(nll)(adapter.attach(frozen, theta, key if dropout else None), batch)

@@ -98,15 +98,15 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
     A lower bound: the backward pass of an MLP holds gate, up and their product with the gradients of all
     three; that of attention q, k, v and the output with theirs and, without cuDNN, the scores and their
     gradients in float32. Both hold the layer's input and the normalised input with their gradients. A chunk
-    of the loss holds its logits and their gradients in float32. Each product with a packed weight holds one
-    decoded matrix. A compiler that fuses less holds more.
+    of the loss holds its logits in float32 and their gradients in the dtype of the model. Each product with a
+    packed weight holds one decoded matrix. A compiler that fuses less holds more.
 
     Args:
       config: sizes.
       params: the frozen params, weight views included.
       batch: sequences per microbatch, B.
       seq: tokens per sequence, S.
-      chunk: tokens per chunk of the loss.
+      chunk: as in `memjax.ops.linear_cross_entropy`.
     """
     dtype = params["norm"]["scale"].dtype
     item, tokens = dtype.itemsize, batch * seq
@@ -118,7 +118,7 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
     fused = jax.default_backend() == "gpu" and item == 2
     scores = 0 if fused else 2 * 4 * tokens * seq * config.num_heads
     layer = max((shared + mlp) * tokens * item, (shared + attention) * tokens * item + scores)
-    logits = 2 * 4 * min(chunk, tokens) * config.vocab_size
+    logits = (4 + item) * min(chunk, tokens) * config.vocab_size
     return max(layer + item * max(in_layer, default=0), logits + item * sum(at_head))
 
 

@@ -2,20 +2,24 @@
 
 from pallas_kernels.linear_cross_entropy.api import (
     Exponentials,
+    Slopes,
     Statistics,
     exponentials,
     gradients_of_exponentials,
     logit_gradients,
     lse_and_target,
+    slopes_of_loss,
     unsupported,
 )
 
 __all__ = [
     "Exponentials",
+    "Slopes",
     "Statistics",
     "exponentials",
     "gradients_of_exponentials",
     "logit_gradients",
     "lse_and_target",
+    "slopes_of_loss",
     "unsupported",
 ]

@@ -41,6 +41,38 @@ class Statistics(NamedTuple):
     total: jax.Array | None
 
 
+class Slopes(NamedTuple):
+    """The derivatives of a loss by what it is made of: of row t by its logit z is ``softmax[t] p(z) - everywhere[t]``,
+    less ``label[t]`` at the label; float32 ``[T]`` each.
+
+    Attributes:
+      softmax: derivatives by the lse.
+      label: by the label's logit, negated.
+      everywhere: by the sum of the logits, negated; None is 0.
+    """
+
+    softmax: jax.Array
+    label: jax.Array
+    everywhere: jax.Array | None = None
+
+
+def slopes_of_loss(
+    scale: jax.Array, lse: jax.Array, vocabulary: int, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Slopes:
+    """Returns the slopes of ``sum(scale * loss)``, where the loss of a row is ``lse - (1 - label_smoothing) target -
+    label_smoothing total / V + z_loss lse^2``.
+
+    Args:
+      scale: float32 ``[T]``, 0 for rows that do not count.
+      lse: float32 ``[T]``.
+      vocabulary: V.
+      label_smoothing: weight of the uniform distribution.
+      z_loss: weight of the squared lse.
+    """
+    everywhere = scale * (label_smoothing / vocabulary) if label_smoothing else None
+    return Slopes(scale * (1 + 2 * z_loss * lse), scale * (1 - label_smoothing), everywhere)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("values", "peaks", "statistics"), meta_fields=("width",)
 )
@@ -254,15 +286,9 @@ def exponentials(
 
 
 def gradients_of_exponentials(
-    made: Exponentials,
-    labels: jax.Array,
-    scale: jax.Array,
-    *,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    made: Exponentials, labels: jax.Array, slopes: Slopes, *, softcap: float | None = None
 ) -> jax.Array:
-    """Returns the gradient of ``sum(scale * loss)`` for the logits before their cap; see `logit_gradients`.
+    """Returns the gradient of a loss for the logits before their cap; see `logit_gradients`.
 
     One pass over the exponentials, whose memory XLA takes for the result if nothing else reads them. Their rounding
     does no harm to a label that is almost sure: a probability above one half is that of the row's largest logit, whose
@@ -271,34 +297,33 @@ def gradients_of_exponentials(
     Args:
       made: by `exponentials`.
       labels: int32 ``[T]``.
-      scale: float32 ``[T]``, 0 for rows that do not count.
+      slopes: of the loss.
       softcap: as given to `exponentials`.
-      label_smoothing: weight of the uniform distribution in the loss.
-      z_loss: weight of the squared lse in the loss.
 
     Returns:
       ``[T, V]`` in the dtype of the exponentials.
 
     Raises:
-      ValueError: ``softcap`` with ``label_smoothing`` where exponentials of capped logits can underflow.
+      ValueError: ``softcap`` with a slope everywhere where exponentials of capped logits can underflow.
     """
     values, lse = made.values, made.statistics.lse
     vocabulary = values.shape[1]
-    if softcap is not None and label_smoothing and 2 * softcap > -math.log(jnp.finfo(values.dtype).tiny):
+    if softcap is not None and slopes.everywhere is not None and 2 * softcap > -math.log(jnp.finfo(values.dtype).tiny):
         raise ValueError(
-            f"logits capped at {softcap} have exponentials that underflow in {values.dtype}; with label_smoothing "
+            f"logits capped at {softcap} have exponentials that underflow in {values.dtype}; with a slope everywhere "
             "take logit_gradients"
         )
     factor = jnp.exp(made.peaks - lse).T  # [T, tiles]
     e = values.astype(jnp.float32)
     p = e * jnp.repeat(factor, made.width, axis=1)[:, :vocabulary]
     is_label = reference.is_label(labels, vocabulary)
-    smoothed = jnp.where(is_label, 1 - label_smoothing, 0.0) + label_smoothing / vocabulary
-    dz = p * (1 + 2 * z_loss * lse)[:, None] - smoothed
+    dz = p * slopes.softmax[:, None] - jnp.where(is_label, slopes.label[:, None], 0.0)
+    if slopes.everywhere is not None:
+        dz = dz - slopes.everywhere[:, None]
     if softcap is not None:
         z = jnp.log(e) + jnp.repeat(made.peaks.T, made.width, axis=1)[:, :vocabulary]
         dz = dz * (1 - (jnp.maximum(z, -softcap) / softcap) ** 2)
-    return (dz * scale[:, None]).astype(values.dtype)
+    return dz.astype(values.dtype)
 
 
 def logit_gradients(
@@ -306,36 +331,31 @@ def logit_gradients(
     w: jax.Array,
     labels: jax.Array,
     lse: jax.Array,
-    scale: jax.Array,
+    slopes: Slopes,
     *,
     start: int | jax.Array = 0,
     columns: int | None = None,
     bias: jax.Array | None = None,
     softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     w_axis: int = 0,
     implementation: Implementation | None = None,
     config: kernel.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns the gradient of ``sum(scale * loss)`` for a slab of ``x @ w + bias``, the logits before their cap.
+    """Returns the gradient of a loss for a slab of ``x @ w + bias``, the logits before their cap.
 
-    The loss of a row is ``lse - (1 - label_smoothing) target - label_smoothing total / V + z_loss lse^2``. Differences
-    are taken in float32.
+    Differences are taken in float32.
 
     Args:
       x: see `lse_and_target`.
       w: see `lse_and_target`; the whole head.
       labels: int32 ``[T]``.
       lse: float32 ``[T]``, of all columns.
-      scale: float32 ``[T]``, 0 for rows that do not count.
+      slopes: of the loss, for example of `slopes_of_loss`.
       start: first column of the slab, a multiple of 256; may be traced.
       columns: of the slab; None takes all that follow a ``start`` that is an int.
       bias: float ``[V]`` or None.
       softcap: cap of the logits or None.
-      label_smoothing: weight of the uniform distribution.
-      z_loss: weight of the squared lse.
       w_axis: the axis of ``w`` of size D.
       implementation: see `lse_and_target`.
       config: see `lse_and_target`.
@@ -356,24 +376,17 @@ def logit_gradients(
         raise ValueError("a traced start needs a number of columns")
     if not _takes_kernel(x, w, labels, bias, w_axis, implementation):
         z = reference.logits(x, w, bias=bias, softcap=softcap, w_axis=w_axis)
-        dz = reference.logit_gradients(
-            z, labels, lse, scale, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss
-        )
+        dz = reference.logit_gradients(z, labels, lse, *slopes, softcap=softcap)
         return jax.lax.dynamic_slice_in_dim(dz, start, columns, axis=1).astype(x.dtype)
-    per_row = [
-        labels.astype(jnp.int32),
-        lse * kernel.LOG2E,
-        scale * (1 + 2 * z_loss * lse),
-        scale * (1 - label_smoothing),
-    ]
-    if label_smoothing:
-        per_row.append(scale * (label_smoothing / vocabulary))
+    per_row = [labels.astype(jnp.int32), lse * kernel.LOG2E, slopes.softmax, slopes.label]
+    if slopes.everywhere is not None:
+        per_row.append(slopes.everywhere)
     (dz,) = kernel.product(
         x,
         w,
         per_row,
         None if bias is None else bias.astype(jnp.float32),
-        functools.partial(tiles.gradients, softcap=softcap, smoothed=bool(label_smoothing)),
+        functools.partial(tiles.gradients, softcap=softcap, smoothed=slopes.everywhere is not None),
         w_axis=w_axis,
         start=start,
         columns=columns,

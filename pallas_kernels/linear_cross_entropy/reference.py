@@ -26,17 +26,14 @@ def logit_gradients(
     z: jax.Array,
     labels: jax.Array,
     lse: jax.Array,
-    scale: jax.Array,
+    softmax: jax.Array,
+    label: jax.Array,
+    everywhere: jax.Array | None = None,
     *,
     softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
 ) -> jax.Array:
-    """Returns the gradient of ``sum(scale * loss)`` for the logits before their cap, float32 ``[T, V]``."""
-    lse = lse[:, None]
-    p = jnp.exp(z - lse)
-    smoothed = (1 - label_smoothing) * is_label(labels, z.shape[1]) + label_smoothing / z.shape[1]
-    slope = (1 + 2 * z_loss * lse) * p - smoothed
-    if softcap is not None:
-        slope = slope * (1 - (z / softcap) ** 2)
-    return slope * scale[:, None]
+    """Returns ``softmax p - label - everywhere`` for the logits before their cap, float32 ``[T, V]``."""
+    dz = softmax[:, None] * jnp.exp(z - lse[:, None]) - jnp.where(is_label(labels, z.shape[1]), label[:, None], 0.0)
+    if everywhere is not None:
+        dz = dz - everywhere[:, None]
+    return dz if softcap is None else dz * (1 - (z / softcap) ** 2)

@@ -10,7 +10,7 @@ from benchmarks import finetune
 from benchmarks.baselines import plain_jax
 from benchmarks.shapes import LLAMAS
 from memjax import models
-from memjax.recipes.loss import chunked_cross_entropy
+from memjax.ops import linear_cross_entropy
 
 TINY = finetune.TINY
 JAX_STACKS = ("plain_jax", "memjax", "memjax_int4", "memjax_nf4_int8")
@@ -60,14 +60,13 @@ def test_memjax_and_the_baseline_compute_the_same_loss_and_gradients():
         def loss(params):
             x = model.hidden(params, tokens[:, :-1], remat="full", attention="xla")
             weight, axis = model.head(params)
-            total, count = chunked_cross_entropy(x, weight, tokens[:, 1:], head_axis=axis, chunk=8)
-            return total / count
+            return linear_cross_entropy(x, weight, tokens[:, 1:], w_axis=axis, chunk=8)
 
         return mj.lift(loss)(adapter.attach(params, theta))
 
     def theirs(theta):
         plain, factors = to_plain(params, theta)
-        x = plain_jax.hidden(config, plain, factors, 8.0 / 4, tokens[:, :-1], "xla")
+        x = plain_jax.hidden(config, plain, factors, 8.0 / 4, tokens[:, :-1], "xla", "full")
         return plain_jax.chunked_cross_entropy(x.reshape(-1, config.d_model), plain["head"], tokens[:, 1:].ravel(), 8)
 
     loss, grads = jax.jit(jax.value_and_grad(ours))(theta)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from dataclasses import replace
 
 import jax
@@ -13,16 +14,17 @@ from jax.sharding import PartitionSpec as P
 
 from memjax.ops import linear_cross_entropy
 from memjax.weights import LowRank, lift, materialize
+from pallas_kernels.linear_cross_entropy import api as kernels_api
 from tests.random_views import array, assert_close, builder, factors
 
 T, D, V = 13, 8, 50
 
 
-def inputs(seed=0, dtype=jnp.float32, w_axis=0):
-    w = array(seed + 1, D, V) if w_axis == 0 else array(seed + 1, V, D)
-    arrays = {"x": array(seed, T, D), "w": w, "bias": array(seed + 2, V)}
+def inputs(seed=0, dtype=jnp.float32, w_axis=0, entries=V):
+    w = array(seed + 1, D, entries) if w_axis == 0 else array(seed + 1, entries, D)
+    arrays = {"x": array(seed, T, D), "w": w, "bias": array(seed + 2, entries)}
     arrays = {name: leaf.astype(dtype) for name, leaf in arrays.items()}
-    labels = jax.random.randint(jax.random.key(seed), (T,), 0, V).at[jnp.array([3, 7])].set(-100)
+    labels = jax.random.randint(jax.random.key(seed), (T,), 0, entries).at[jnp.array([3, 7])].set(-100)
     return arrays | {"weights": jnp.abs(array(seed + 3, T))}, labels
 
 
@@ -109,6 +111,30 @@ def test_values_and_gradients_of_every_input(settings, names, chunk):
 
 
 HEADS = {"frozen": ("x",), "trained": ("x", "w")}
+KERNELS = {
+    ("plain", "frozen", 4),
+    ("softcap", "trained", 3),
+    ("all", "trained", 3),
+    ("label smoothing", "trained", T),
+    ("all", "frozen", 4),
+    ("plain", "trained", 3),
+    ("all", "trained", T),
+}
+SOME_KERNELS = {("plain", "frozen", 4), ("softcap", "trained", 3), ("label smoothing", "trained", T)}
+
+
+@pytest.mark.parametrize(
+    "settings, names, chunk",
+    [pytest.param(*case, marks=() if case in SOME_KERNELS else pytest.mark.slow) for case in sorted(KERNELS)],
+)
+def test_the_way_with_kernels(settings, names, chunk, monkeypatch):
+    """What the kernels give is what their references give, which run on any device."""
+    monkeypatch.setattr(sys.modules[linear_cross_entropy.__module__], "_kernels_run", lambda *_: True)
+    settings, names = SETTINGS[settings], TRAINED[names]
+    arrays, labels = inputs(w_axis=settings.get("w_axis", 0), entries=600)  # 3 * 600 logits are a slab of 256
+    labels = jnp.where(labels == -100, settings.get("ignore_index", -100), labels)
+    got = actual(arrays, labels, names, chunk=chunk, implementation="mosaic_gpu", **settings)
+    assert_close(got, expected(arrays, labels, names, **settings), 5e-6)
 
 
 @pytest.mark.parametrize("names", HEADS.values(), ids=HEADS)
@@ -362,9 +388,46 @@ def test_bad_settings():
         "reduction='max'": {"reduction": "max"},
         "chunk=0": {"chunk": 0},
         "implementation='cuda'": {"implementation": "cuda"},
+        "cannot run: the default device is no Hopper GPU; x is float32": {"implementation": "mosaic_gpu"},
         "w_axis=2": {"w_axis": 2},
         "must be integers": {"labels": x[:, 0]},
     }
     for message, settings in bad.items():
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(**{"x": x, "w": w, "labels": labels} | settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 4096])
+@pytest.mark.parametrize("shape", [(4096, 128256, 0), (2048, 128256, 1)])
+def test_the_way_with_kernels_lowers_for_cuda(shape, chunk, monkeypatch):
+    monkeypatch.setattr(sys.modules[linear_cross_entropy.__module__], "on_hopper", lambda: True)
+    monkeypatch.setattr(kernels_api, "on_hopper", lambda: True)
+    width, entries, w_axis = shape
+    x = jax.ShapeDtypeStruct((4096, width), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((width, entries) if w_axis == 0 else (entries, width), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    settings = {"w_axis": w_axis, "chunk": chunk, "implementation": "mosaic_gpu", "z_loss": 1e-4}
+    for argnums in (0, (0, 1)):
+        step = jax.jit(jax.value_and_grad(functools.partial(linear_cross_entropy, **settings), argnums))
+        assert "mosaic_gpu" in step.trace(x, w, labels).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_kernels_and_xla_agree_on_a_device(settings):
+    tokens, width, entries, w_axis = 700, 256, 5000, settings.get("w_axis", 0)
+    w = array(1, width, entries) if w_axis == 0 else array(1, entries, width)
+    arrays = {"x": array(0, tokens, width), "w": w / width**0.5, "bias": array(2, entries)}
+    arrays = {name: leaf.astype(jnp.bfloat16) for name, leaf in arrays.items()}
+    labels = jax.random.randint(jax.random.key(0), (tokens,), 0, entries)
+    for names in (("x",), ("x", "w", "bias")):
+        for chunk in (60, tokens):
+            got, want = (
+                actual(arrays, labels, names, chunk=chunk, implementation=way, **settings)
+                for way in ("mosaic_gpu", "xla")
+            )
+            np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
+            for name in names:
+                ours, theirs = (np.asarray(pair[1][name], np.float64) for pair in (got, want))
+                assert np.linalg.norm(ours - theirs) < 6e-3 * np.linalg.norm(theirs)

@@ -5,15 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy_api
 from pallas_kernels.linear_cross_entropy import (
+    Slopes,
     exponentials,
     gradients_of_exponentials,
     kernel,
     logit_gradients,
     lse_and_target,
+    slopes_of_loss,
     unsupported,
 )
+from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy_api
 from pallas_kernels.linear_cross_entropy.shapes import SHAPES, TOKENS
 
 SCHEDULES = {
@@ -80,13 +82,13 @@ def check(parts, w_axis, options, rounding, *, start=0, columns=None, both_at_on
     for statistics in found:
         np.testing.assert_allclose(statistics.lse, lse, rtol=2e-6, atol=2e-5)
         np.testing.assert_allclose(statistics.target, target, rtol=2e-6, atol=2e-5)
-    at_once = jax.jit(lambda made: gradients_of_exponentials(made, labels, scale, **of_loss))(made)
+    softcap = of_loss.pop("softcap", None)
+    slopes = slopes_of_loss(scale, jnp.float32(lse), dz.shape[1], **of_loss)
+    at_once = jax.jit(lambda made: gradients_of_exponentials(made, labels, slopes, softcap=softcap))(made)
     assert at_once.dtype == x.dtype and off(at_once, dz) < 2 * rounding
     if both_at_once_only:
         return
-    slab = logit_gradients(
-        x, w, labels, jnp.float32(lse), scale, start=start, columns=columns, **options, w_axis=w_axis, **how
-    )
+    slab = logit_gradients(x, w, labels, jnp.float32(lse), slopes, start=start, columns=columns, **of_logits)
     first = int(start)
     wanted = dz[:, first : None if columns is None else first + columns]
     assert slab.shape == wanted.shape and slab.dtype == x.dtype and off(slab, wanted) < rounding
@@ -120,8 +122,8 @@ def test_a_sure_label_keeps_its_gradient():
     how = {"implementation": "mosaic_gpu", "config": kernel.Config(64, 64, "rows", 2, 1, 1), "interpret": True}
     made = exponentials(x, w, labels, implementation="reference")
     for dz in (
-        gradients_of_exponentials(made, labels, scale),
-        logit_gradients(x, w, labels, made.statistics.lse, scale, **how),
+        gradients_of_exponentials(made, labels, Slopes(scale, scale)),
+        logit_gradients(x, w, labels, made.statistics.lse, Slopes(scale, scale), **how),
     ):
         np.testing.assert_allclose(np.asarray(dz[:, 5], np.float64), exact, rtol=4e-3)
 
@@ -135,6 +137,7 @@ def test_what_the_kernel_cannot_take_is_said():
     assert "float32" in unsupported(x, S((64, 80), jnp.float32))[0]
     assert "multiple of 64" in unsupported(S((8, 96), jnp.bfloat16), S((96, 80), jnp.bfloat16))[0]
     x, w, labels, _, scale = operands(8, 64, 264, 0)
+    slopes = Slopes(scale, scale, scale)
     with pytest.raises(ValueError, match="cannot run: x is float32"):
         lse_and_target(x.astype(jnp.float32), w, labels, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="do not fit"):
@@ -142,22 +145,22 @@ def test_what_the_kernel_cannot_take_is_said():
     with pytest.raises(ValueError, match="expected labels"):
         lse_and_target(x, w, labels[:3])
     with pytest.raises(ValueError, match="no slab"):
-        logit_gradients(x, w, labels, scale, scale, start=128)
+        logit_gradients(x, w, labels, scale, slopes, start=128)
     with pytest.raises(ValueError, match="number of columns"):
-        logit_gradients(x, w, labels, scale, scale, start=jnp.int32(0))
+        logit_gradients(x, w, labels, scale, slopes, start=jnp.int32(0))
     made = exponentials(x, w, labels, softcap=60.0)
     with pytest.raises(ValueError, match="underflow"):
-        gradients_of_exponentials(made, labels, scale, softcap=60.0, label_smoothing=0.1)
+        gradients_of_exponentials(made, labels, slopes, softcap=60.0)
 
 
 @pytest.mark.parametrize("name, options", [*((name, "plain") for name in SHAPES), ("llama-3.2-1b/tied", "all")])
 def test_every_benchmark_shape_lowers_for_cuda(name, options):
     depth, vocabulary, w_axis = SHAPES[name]
     S, how = jax.ShapeDtypeStruct, {"w_axis": w_axis, "implementation": "mosaic_gpu"}
-    extra = dict(OPTIONS[options])
+    extra = OPTIONS[options]
     logits = {"softcap": extra.get("softcap"), **how}
-    if extra.pop("bias", False):
-        extra["bias"] = logits["bias"] = jnp.zeros(vocabulary)
+    if extra.get("bias"):
+        logits["bias"] = jnp.zeros(vocabulary)
     w = S((depth, vocabulary) if w_axis == 0 else (vocabulary, depth), jnp.bfloat16)
     for tokens in TOKENS:
         config = linear_cross_entropy_api.heuristic(tokens, depth)
@@ -167,7 +170,9 @@ def test_every_benchmark_shape_lowers_for_cuda(name, options):
             (lambda x, w, i: lse_and_target(x, w, i, total=True, **logits), (x, w, labels)),
             (lambda x, w, i: exponentials(x, w, i, **logits), (x, w, labels)),
             (
-                lambda x, w, i, lse, s: logit_gradients(x, w, i, lse, s, start=8192, columns=8192, **extra, **how),
+                lambda x, w, i, lse, s: logit_gradients(
+                    x, w, i, lse, Slopes(s, s, s), start=8192, columns=8192, **logits
+                ),
                 (x, w, labels, row, row),
             ),
         ):

@@ -9,9 +9,9 @@ from rich.console import Console
 from memjax import adapters, codecs, models, weights
 from memjax.core.bytes import CompiledBytes, compiled_bytes, nbytes
 from memjax.models import LlamaConfig
+from memjax.ops import linear_cross_entropy
 from memjax.recipes import report
 from memjax.recipes.data import Windows
-from memjax.recipes.loss import chunked_cross_entropy
 from memjax.recipes.train import TrainState, make_step
 
 B, S, CHUNK = 2, 128, 64
@@ -32,7 +32,8 @@ def abstract_step(layers, remat, packed=True):
     def nll(params, batch):
         hidden = model.hidden(params, batch.inputs, remat=remat)
         weight, axis = model.head(params)
-        return chunked_cross_entropy(hidden, weight, batch.targets, batch.weights, head_axis=axis, chunk=CHUNK)
+        options = {"weights": batch.weights, "w_axis": axis, "reduction": "sum", "chunk": CHUNK}
+        return linear_cross_entropy(hidden, weight, batch.targets, **options), batch.weights.sum()
 
     def loss(theta, frozen, batch, key):
         return weights.lift(nll)(adapter.attach(frozen, theta), batch)
