@@ -77,8 +77,8 @@ def flash(q, k, v):
 
 
 def _flash_forward(q, k, v):
-    lse = jnp.sum(q, axis=-1)
-    return attend(q, k, v), (q, k, v, attend(q, k, v), lse)
+    out, lse = attend(q, k, v), jnp.sum(q, axis=-1)
+    return out, (q, k, v, out, lse)
 
 
 def _flash_backward(kept, g):
