@@ -123,6 +123,16 @@ def test_a_seed_function_tells_layers_apart():
     assert jnp.mean(g[0] != g[1]) > 0.2
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_shards_have_their_own_noise_where_jax_knows_what_varies(checked):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    f = compress_residuals(jnp.sin, ALL(bits=2, rounding="stochastic"), params=())
+    f = jax.shard_map(f, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=checked)
+    g = jax.jit(jax.grad(lambda x: jnp.sum(f(x))))(jnp.concatenate([X, X]))
+    assert bool(jnp.mean(g[:8] != g[8:]) > 0.2) == checked
+    assert relative_error(g, jnp.cos(jnp.concatenate([X, X]))) < 0.5
+
+
 # ---- what must not be encoded ---------------------------------------------------------------------------------------
 
 
