@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax._src import source_info_util
 from jax._src.ad_util import SymbolicZero, Zero
+from jax._src.core import trace_ctx
 from jax._src.interpreters import partial_eval
 from jax._src.named_sharding import UNSPECIFIED
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
@@ -88,9 +89,19 @@ def without_consts(jaxpr: Jaxpr) -> Jaxpr:
     return partial_eval.convert_constvars_jaxpr(jaxpr)
 
 
-def manual_axes() -> tuple[str, ...]:
-    """Returns the mesh axes over which the code being traced runs once per shard."""
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+def varying_axes(x: Any) -> tuple[str, ...]:
+    """Returns the manual mesh axes over which ``x`` is known to vary; none where shard_map does not check."""
+    return tuple(sorted(_varying([x])))
+
+
+def is_staging() -> bool:
+    """Returns whether the code that runs is being traced into a jaxpr, at whatever depth of other transforms."""
+    trace: Any = trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, partial_eval.DynamicJaxprTrace):
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return False
 
 
 def source_line(eqn: JaxprEqn) -> str:

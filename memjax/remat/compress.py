@@ -35,6 +35,7 @@ def compress_residuals(
     *,
     params: Sequence[int | str] = (0,),
     seed: Seed = 0,
+    prevent_cse: bool = True,
 ) -> Callable[..., Any]:
     """Returns ``f`` such that what reverse mode keeps of it is stored as ``policy`` says.
 
@@ -55,8 +56,10 @@ def compress_residuals(
       params: which arguments hold weights: argument numbers, or patterns of paths that start with the number, such as
         ``"1/0/**"``.
       seed: for stochastic rounding: an integer, or a function of the arguments of ``f`` that returns an integer
-        scalar or a random key. Pass what tells steps and layers apart, or they share their noise; shards of a
-        shard_map and the arrays of one call have their own.
+        scalar or a random key. Pass what tells steps and layers apart, or they share their noise, as examples of a vmap
+        do. The arrays of one call have their own, and so have the shards of a shard_map that checks what varies.
+      prevent_cse: keep XLA from merging what backward computes again with what forward computed, which would keep it
+        alive in between; as in `jax.checkpoint`, False is right and faster in the body of a scan.
 
     Returns:
       A function of the same arguments.
@@ -73,7 +76,7 @@ def compress_residuals(
     @functools.wraps(f)
     def compressed(*args: Any, **kwargs: Any) -> Any:
         call = flatten_call(f, args, kwargs, params, policy.inputs)
-        settings = Settings(policy, call.roles, seed if isinstance(seed, int) else 0)
+        settings = Settings(policy, call.roles, seed if isinstance(seed, int) else 0, prevent_cse)
         words = () if isinstance(seed, int) else seed_words(seed(*args, **kwargs))
         outputs = _transform(call.fn, settings)(*words, *call.values)
         return jax.tree.unflatten(call.out_tree(), outputs)
@@ -112,14 +115,15 @@ def flatten_call(
     dynamic = [
         i for i, leaf in enumerate(leaves) if is_view(leaf) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
     ]
-    is_param = _named("params", params, labels, len(args))
-    encode = _named("inputs", inputs, labels, len(args))
-    roles = [
-        Role(labels[i], "param" if is_param[i] or is_view(leaves[i]) else "input", encode[i] and not is_param[i])
-        for i in dynamic
-    ]
+    is_param = named("params", params, labels, len(args))
+    encode = named("inputs", inputs, labels, len(args))
     values, parts = jax.tree.flatten([leaves[i] for i in dynamic])
-    counts = [len(jax.tree.leaves(leaves[i])) for i in dynamic]
+    roles: list[Role] = []
+    for i in dynamic:
+        weight = is_param[i] or is_view(leaves[i])
+        for keys, _ in jax.tree_util.tree_leaves_with_path(leaves[i]):
+            label = f"{labels[i]}/{path_name(keys)}" if keys else labels[i]
+            roles.append(Role(label, "param" if weight else "input", encode[i] and not weight))
     trees: list[Any] = []
 
     def fn(*values: Any) -> list[Any]:
@@ -131,11 +135,18 @@ def flatten_call(
         trees.append(out_tree)
         return outputs
 
-    roles = [role for role, count in zip(roles, counts) for _ in range(count)]
     return Call(fn, values, tuple(roles), lambda: trees[-1])
 
 
-def _named(field: str, entries: Sequence[int | str], labels: list[str], n_args: int) -> list[bool]:
+def hoist(call: Call) -> tuple[Jaxpr, tuple[Role, ...], list[Any]]:
+    """Returns the jaxpr of a call, with what it captures as first arguments; their roles and all arguments."""
+    body, _ = jaxpr_compat.trace(call.fn, *call.values)
+    captured = jaxpr_compat.consts_of(body)
+    roles = tuple(Role(f"captured/{i}", "captured") for i in range(len(captured)))
+    return jaxpr_compat.without_consts(body), roles + call.roles, [*captured, *call.values]
+
+
+def named(field: str, entries: Sequence[int | str], labels: list[str], n_args: int) -> list[bool]:
     """Returns which labels the argument numbers and patterns name."""
     chosen = [False] * len(labels)
     for entry in entries:
@@ -161,6 +172,7 @@ class Settings:
     policy: ResidualPolicy
     roles: tuple[Role, ...]
     seed: int
+    prevent_cse: bool
 
 
 def _transform(fn: Callable[..., Any], settings: Settings) -> Callable[..., list[Any]]:
@@ -173,19 +185,27 @@ def _transform(fn: Callable[..., Any], settings: Settings) -> Callable[..., list
         for value, role in zip(values, settings.roles):
             inner = jax.tree.leaves(value)
             roles += [role] if len(inner) == 1 and inner[0] is value else [Role(role.label, "param")] * len(inner)
-        body, _ = jaxpr_compat.trace(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), *leaves)
-        captured = jaxpr_compat.consts_of(body)
-        roles = [Role(f"captured/{i}", "captured") for i in range(len(captured))] + roles
-        flat = Settings(settings.policy, tuple(roles), settings.seed)
-        marked = transformation("compress_residuals", flat)(_custom(body, flat, bool(seeds)))
-        return marked(*seeds, *captured, *leaves)
+        flat_fn = functools.partial(_call_on_leaves, fn, tree)
+        body, all_roles, arrays = hoist(Call(flat_fn, leaves, tuple(roles), lambda: None))
+        flat = dataclasses.replace(settings, roles=all_roles)
+        if settings.policy.has_patterns:
+            everything = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
+            rows = make_plan(linearize(body, arrays, everything), all_roles, settings.policy).rows
+            settings.policy.check_names([row.residual.name for row in rows])
+        custom = _custom(body, flat, len(seeds))
+        if jaxpr_compat.is_staging():  # only then can lift meet it; by itself a jit would compile at every call
+            custom = transformation("compress_residuals", flat)(custom)
+        return custom(*seeds, *arrays)
 
     return call
 
 
-def _custom(body: Jaxpr, settings: Settings, has_seed: bool) -> Callable[..., list[Any]]:
-    """Returns a jaxpr, whose constants are arguments, with the derivative of `compress_residuals`."""
-    body, n_seeds = jaxpr_compat.without_consts(body), 2 if has_seed else 0
+def _call_on_leaves(fn: Callable[..., Any], tree: Any, *leaves: Any) -> Any:
+    return fn(*jax.tree.unflatten(tree, leaves))
+
+
+def _custom(body: Jaxpr, settings: Settings, n_seeds: int) -> Callable[..., list[Any]]:
+    """Returns a jaxpr, called with seed words before its arguments, with the derivative of `compress_residuals`."""
     plans: dict[Any, Plan] = {}
 
     @jax.custom_vjp
@@ -203,7 +223,7 @@ def _custom(body: Jaxpr, settings: Settings, has_seed: bool) -> Callable[..., li
         return outputs, Saved(stored, [values[i] for i in plans[key].arguments], plans[key], perturbed)
 
     def backward(saved: Saved, cotangents: list[Any]) -> tuple[Any, ...]:
-        grads = iter(_backward(saved, [jaxpr_compat.symbolic_zero(ct) for ct in cotangents]))
+        grads = iter(_backward(saved, [jaxpr_compat.symbolic_zero(ct) for ct in cotangents], settings.prevent_cse))
         return (*[None] * n_seeds, *(next(grads) if p else None for p in saved.perturbed))
 
     evaluate.defvjp(forward, backward, symbolic_zeros=True)
@@ -291,8 +311,8 @@ def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPol
     rows: dict[Any, Row] = {}
     stored: list[tuple[Any, Any]] = []
     for root, members in groups.items():
-        target = root if len(members) > 1 or origins.role(root) is not None else members[0]
-        role = origins.role(root)
+        role, is_smaller = origins.role(root), root.aval.size < members[0].aval.size
+        target = root if len(members) > 1 or role is not None or is_smaller else members[0]
         residual = origins.describe(target)
         how: Codec | Mask | None = None
         if target.aval.dtype == jnp.bool_:
@@ -312,7 +332,6 @@ def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPol
         if v not in rows:
             role = origins.role(v)
             rows[v] = Row(origins.describe(v), "rebuilt" if role is None else role.kind, 0)
-    policy.check_names([row.residual.name for row in rows.values()])
 
     variables = [v for v, _ in stored]
     outputs = [v for v in jaxpr.outvars[: linearized.n_outputs] if not isinstance(v, Literal)]
@@ -365,11 +384,7 @@ def _forward(
     env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr))) | dict(zip(jaxpr.invars, values))
     jaxpr_compat.run(plan.forward, env)
     outputs = [_read(env, atom) for atom in jaxpr.outvars[: plan.linearized.n_outputs]]
-    words = _words(settings, seeds)
-    stored = [
-        _store(how, env[v], None if words is None else jnp.stack([*words, np.uint32(i)]))
-        for i, (v, how) in enumerate(plan.stored)
-    ]
+    stored = [_store(how, env[v], _key(settings, seeds, i, env[v])) for i, (v, how) in enumerate(plan.stored)]
     # Without the barrier the originals may stay alive until backward, to be encoded there.
     forwarded = [any(output is value for value in values) for output in outputs]
     coded = [how is not None for _, how in plan.stored]
@@ -384,10 +399,18 @@ def _forward(
     return outputs, stored
 
 
-def _backward(saved: Saved, cotangents: list[Any]) -> Sequence[Any]:
+def _backward(saved: Saved, cotangents: list[Any], prevent_cse: bool) -> Sequence[Any]:
     plan, jaxpr = saved.plan, saved.plan.linearized.jaxpr
     env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr)))
     env.update(zip([jaxpr.invars[i] for i in plan.arguments], saved.arguments))
+    if prevent_cse:
+        inputs = dict.fromkeys(v for eqn in plan.backward for v in eqn.invars if not isinstance(v, Literal))
+        read = [v for v in inputs if _is_numeric(env.get(v))]
+        numeric = [i for i, ct in enumerate(cotangents) if _is_numeric(ct)]
+        again, ordered = lax.optimization_barrier(([env[v] for v in read], [cotangents[i] for i in numeric]))
+        env.update(zip(read, again))
+        for i, ct in zip(numeric, ordered):
+            cotangents[i] = ct
     for (v, how), x, off in zip(plan.stored, saved.stored, plan.offloaded):
         env[v] = _restore(how, _move(x, jax.memory.Space.Device) if off else x)
     jaxpr_compat.run(plan.backward, env)
@@ -395,16 +418,20 @@ def _backward(saved: Saved, cotangents: list[Any]) -> Sequence[Any]:
     return vjp(cotangents)
 
 
+def _is_numeric(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, np.number)
+
+
 def _read(env: dict[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
-def _words(settings: Settings, seeds: Sequence[Any]) -> list[Any] | None:
-    """Returns the words of the seed for stochastic rounding on this shard, None for nearest."""
+def _key(settings: Settings, seeds: Sequence[Any], leaf: int, x: Any) -> Any:
+    """Returns the seed of one array for stochastic rounding, None for nearest."""
     if settings.policy.rounding == "nearest":
         return None
-    shard = [lax.axis_index(name).astype(jnp.uint32) for name in jaxpr_compat.manual_axes()]
-    return [*(seeds or [np.uint32(settings.seed & 0xFFFFFFFF)]), *shard]
+    shard = [lax.axis_index(name).astype(jnp.uint32) for name in jaxpr_compat.varying_axes(x)]
+    return jnp.stack([*(seeds or [np.uint32(settings.seed & 0xFFFFFFFF)]), np.uint32(leaf), *shard])
 
 
 def _store(how: Codec | Mask | None, x: Any, key: Any = None) -> Any:

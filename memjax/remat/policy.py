@@ -111,14 +111,18 @@ class ResidualPolicy:
         check_choice(f"per_leaf({residual.name})", choice)
         return choice
 
+    @property
+    def _patterns(self) -> list[str]:
+        return [*self.keep, *(p for p, _ in (self.per_leaf if isinstance(self.per_leaf, tuple) else ()))]
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether names of arrays matter."""
+        return bool(self._patterns)
+
     def check_names(self, names: list[str]) -> None:
         """Raises ValueError where a pattern of ``keep`` or ``per_leaf`` matches none of the names."""
-        patterns = (
-            [*self.keep, *(p for p, _ in self.per_leaf if isinstance(self.per_leaf, tuple))]
-            if (isinstance(self.per_leaf, tuple))
-            else list(self.keep)
-        )
-        for pattern in patterns:
+        for pattern in self._patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"pattern {pattern!r} matches no residual; they are: {', '.join(names)}")
 

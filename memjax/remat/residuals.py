@@ -213,7 +213,7 @@ class Origins:
         """Returns a description with a name that no description before had."""
         role, root = self._roles.get(variable), self.root(variable)
         eqn = self._eqns.get(root if root in self._eqns else variable)
-        aval: Any = variable.aval
+        aval = _aval(variable)
         if role is not None:
             name = role.label
         elif root in self._tags:
@@ -221,7 +221,10 @@ class Origins:
         elif eqn is None:
             name = "constant"
         else:
-            name = f"{jaxpr_compat.source_function(eqn) or '?'}/{eqn.primitive.name}"
+            parts = [
+                part for part in jaxpr_compat.source_function(eqn).split(".<locals>.") if part[:1] not in ("", "<")
+            ]
+            name = "/".join([*parts[-1:], eqn.primitive.name])
         self._count[name] = self._count.get(name, 0) + 1
         if self._count[name] > 1:
             name = f"{name}#{self._count[name]}"
@@ -234,11 +237,15 @@ def _is_layout(eqn: JaxprEqn) -> bool:
     if name not in _LAYOUT or len(eqn.invars) != 1 or isinstance(eqn.invars[0], Constant):
         return False
     if name == "convert_element_type":
-        return _holds(eqn.params["new_dtype"], eqn.invars[0].aval.dtype)
+        return _holds(eqn.params["new_dtype"], _aval(eqn.invars[0]).dtype)
     if name == "reduce_precision":
-        format = jnp.finfo(eqn.outvars[0].aval.dtype)
+        format = jnp.finfo(_aval(eqn.outvars[0]).dtype)
         return (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) == (format.nexp, format.nmant)
     return True
+
+
+def _aval(atom: Any) -> Any:
+    return atom.aval
 
 
 def _holds(wide: Any, narrow: Any) -> bool:

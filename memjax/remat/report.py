@@ -1,0 +1,99 @@
+"""`report`: what reverse mode keeps of a function, array by array, and what a policy makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from memjax.core.jaxpr_compat import Literal
+from memjax.remat.compress import Row, flatten_call, hoist, make_plan, named
+from memjax.remat.policy import ResidualPolicy
+from memjax.remat.residuals import Level, Linearized, Origins, Role, evaluate_levels, linearize
+
+
+@dataclass(frozen=True)
+class Report:
+    """What reverse mode keeps of one call of a function.
+
+    Attributes:
+      rows: one for each array.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are stored for the call; under a scan, each step adds as many."""
+        return sum(row.stored_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("residual", "shape", "dtype", "bytes", "action", "stored", "origin")
+        table = [header]
+        for row in self.rows:
+            r = row.residual
+            shape = "x".join(map(str, r.shape)) or "scalar"
+            table.append((r.name, shape, str(r.dtype), f"{r.nbytes:,}", row.action, f"{row.stored_bytes:,}", r.origin))
+        table.append(("total", "", "", "", "", f"{self.nbytes:,}", ""))
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        right = {3, 5}
+        return "\n".join(
+            "  ".join(x.rjust(w) if i in right else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths))).rstrip()
+            for line in table
+        )
+
+
+def report(
+    f: Callable[..., Any],
+    *args: Any,
+    params: Sequence[int | str] = (0,),
+    policy: ResidualPolicy | None = None,
+    wrt: Sequence[int | str] | None = None,
+) -> Report:
+    """Returns what reverse mode keeps of ``f(*args)``, and where it comes from; nothing is computed.
+
+    Weights and captured values are kept by reference and count nothing; other arguments count in full, as under a scan
+    over layers they do. Rows of one array in several layouts count once where the policy stores it once.
+
+    Args:
+      f: a function of pytrees; of what `compress_residuals` returned, its policy and its params are taken.
+      args: arrays or `jax.ShapeDtypeStruct` s.
+      params: which arguments hold weights, as in `compress_residuals`.
+      policy: how arrays would be stored; None: as jax does without `compress_residuals`.
+      wrt: which arguments are differentiated, given like ``params``; None: all that are floating point. Captured values
+        are not.
+
+    Raises:
+      ValueError: ``params``, ``wrt`` or the policy name what is not there.
+    """
+    f, own_policy, params = getattr(f, "memjax_compressed", (f, policy, params))
+    policy = own_policy if policy is None else policy
+    params = (params,) if isinstance(params, int | str) else tuple(params)
+    call = flatten_call(f, args, {}, params, () if policy is None else policy.inputs)
+    chosen = [True] * len(call.roles)
+    if wrt is not None:
+        entries = (wrt,) if isinstance(wrt, int | str) else wrt
+        chosen = named("wrt", entries, [role.label for role in call.roles], len(args))
+    body, roles, values = hoist(call)
+    chosen = [False] * (len(roles) - len(chosen)) + chosen
+    perturbed = [use and jnp.issubdtype(x.dtype, jnp.inexact) for use, x in zip(chosen, values)]
+    linearized = linearize(body, values, perturbed)
+    rows = plain_rows(linearized, roles) if policy is None else make_plan(linearized, roles, policy).rows
+    return Report(tuple(rows))
+
+
+def plain_rows(linearized: Linearized, roles: Sequence[Role]) -> list[Row]:
+    """Returns the rows of a function that jax differentiates by itself."""
+    origins = Origins(linearized.jaxpr, roles)
+    # A scan keeps one copy for all steps of what depends on nothing that differs between them.
+    same = [Level.PARAM if role.kind == "captured" else Level.DATA for role in roles]
+    levels = evaluate_levels(linearized.jaxpr, same)
+    rows = []
+    for v in dict.fromkeys(v for v in linearized.leaves if not isinstance(v, Literal)):
+        residual, role = origins.describe(v), origins.role(v)
+        action = "kept" if levels[v] == Level.DATA else "invariant"
+        action = action if role is None else str(role.kind)
+        rows.append(Row(residual, action, residual.nbytes if action in ("input", "kept") else 0))
+    return rows
