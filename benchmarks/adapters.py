@@ -22,6 +22,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # or the decompositions of several threads wait for each other
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -65,8 +65,18 @@ def memjax_config(config: Llama) -> Any:
     )
 
 
-def build_memjax(config: Llama, attention: str, *, layers: str | None, rest: str | None) -> harness.Workload:
-    """Returns memjax's training step; ``layers`` and ``rest`` are formats as in `BASES`, in groups of 64."""
+def build_memjax(
+    config: Llama, attention: str, *, layers: str | None, rest: str | None, remat: Any = "full", rank: int | None = RANK
+) -> harness.Workload:
+    """Returns memjax's training step.
+
+    Args:
+      config: sizes.
+      attention: "cudnn" or "xla".
+      layers, rest: formats as in `BASES`, in groups of 64.
+      remat: as `memjax.models.Model.hidden` takes it.
+      rank: of the adapters; None trains all weights, which are bfloat16 as are the moments.
+    """
     import jax
     import jax.numpy as jnp
     import optax
@@ -79,7 +89,7 @@ def build_memjax(config: Llama, attention: str, *, layers: str | None, rest: str
 
     model = models.Model(memjax_config(config))
     formats = {"int4": mj.codecs.int4(group=64), "int8": mj.codecs.int8(group=64), "nf4": mj.codecs.nf4()}
-    adapter = mj.adapters.lora(rank=RANK, alpha=ALPHA, targets="**/*_proj/kernel")
+    adapter = mj.adapters.lora(rank=rank or RANK, alpha=ALPHA, targets="**/*_proj/kernel")
     tx = optax.adamw(LEARNING_RATE)
 
     def init(key: Any) -> tuple[Any, Any]:
@@ -99,14 +109,18 @@ def build_memjax(config: Llama, attention: str, *, layers: str | None, rest: str
             return harness.random_leaf(next(keys), leaf.shape, leaf.dtype, mean, std, pack if codec else None)
 
         frozen = map_with_path(make, shapes)
+        if rank is None:
+            return init_state(frozen, tx), {}
         return init_state(adapter.init(next(keys), frozen), tx), frozen
 
     def loss_of_params(params: Any, tokens: Any) -> tuple[Any, Any]:
-        x = model.hidden(params, tokens[:, :-1], remat="full", attention=attention)
+        x = model.hidden(params, tokens[:, :-1], remat=remat, attention=attention)
         weight, axis = model.head(params)
         return chunked_cross_entropy(x, weight, tokens[:, 1:], head_axis=axis, chunk=CHUNK)
 
     def loss_fn(theta: Any, frozen: Any, tokens: Any, key: Any) -> tuple[Any, Any]:
+        if rank is None:
+            return loss_of_params(theta, tokens)
         return mj.lift(loss_of_params)(adapter.attach(frozen, theta), tokens)
 
     train = make_step(loss_fn, tx)
@@ -118,18 +132,24 @@ def build_memjax(config: Llama, attention: str, *, layers: str | None, rest: str
     return harness.Workload(init, step)
 
 
-def build(shape: Shape, stack: str, attention: str) -> harness.Workload:
-    """Returns the workload of a JAX stack; ``attention`` is "cudnn" or "xla"."""
+def build(shape: Shape, stack: str, attention: str, remat: Any = "full", rank: int | None = RANK) -> harness.Workload:
+    """Returns the workload of a JAX stack; arguments as for `build_memjax`."""
     config = LLAMAS[shape.model]
     if stack == "plain_jax":
         from benchmarks.baselines import plain_jax
 
         chunk = min(CHUNK, shape.batch * shape.length)
         return plain_jax.build(
-            config, rank=RANK, alpha=ALPHA, chunk=chunk, learning_rate=LEARNING_RATE, attention=attention
+            config,
+            rank=rank,
+            alpha=ALPHA,
+            chunk=chunk,
+            learning_rate=LEARNING_RATE,
+            attention=attention,
+            remat=remat,
         )
     layers, rest = BASES[stack]
-    return build_memjax(config, attention, layers=layers, rest=rest)
+    return build_memjax(config, attention, layers=layers, rest=rest, remat=remat, rank=rank)
 
 
 def flops_per_token(shape: Shape) -> float:
@@ -145,7 +165,11 @@ def flops_per_token(shape: Shape) -> float:
 
 def run_case(name: str) -> dict[str, Any]:
     """Runs one case and returns what it measured."""
-    shape, stack = CASES[name]
+    return measure(*CASES[name])
+
+
+def measure(shape: Shape, stack: str, remat: Any = "full", rank: int | None = RANK) -> dict[str, Any]:
+    """Runs the training step of a stack and returns what it measured; arguments as for `build_memjax`."""
     tokens = np.random.default_rng(SEED).integers(0, LLAMAS[shape.model].vocab, (shape.batch, shape.length + 1))
     tokens = tokens.astype(np.int32)
     if stack == "peft":
@@ -165,12 +189,13 @@ def run_case(name: str) -> dict[str, Any]:
         import jax
 
         attention = "cudnn" if jax.default_backend() == "gpu" else "xla"
-        workload = build(shape, stack, attention)
+        workload = build(shape, stack, attention, remat, rank)
         row = harness.measure_training(workload, tokens, seed=SEED, warmup=WARMUP, repeats=REPEATS)
         row |= {"attention": attention}
     return row | {
         "shape": shape.name,
         "stack": stack,
+        "remat": remat,
         "seed": SEED,
         "warmup": WARMUP,
         "tokens_per_s": shape.batch * shape.length / row["median_ms"] * 1e3,

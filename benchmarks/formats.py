@@ -65,6 +65,8 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
     "int8 g64": quantized(codecs.int8(group=GROUP)),
     "int6 g64": quantized(codecs.int6(group=GROUP)),
     "int6 g192": quantized(codecs.int6(group=192)),
+    "int6 g32, affine": quantized(codecs.int6(group=32, symmetric=False)),
+    "int6 g32, affine, search": quantized(codecs.int6(group=32, symmetric=False, scale_dtype="float16", search=True)),
     "nf4 b64, double": quantized(codecs.nf4(block=GROUP, double=True)),
     "nf4 b64": quantized(codecs.nf4(block=GROUP, double=False)),
     "int4 g64": quantized(codecs.int4(group=GROUP)),

@@ -99,7 +99,7 @@ def run_case(name: str) -> dict[str, Any]:
                 lambda x, w: packed_matmul(x, *w, form=form, implementation="mosaic_gpu"),
                 packed_bytes,
             )
-        if m in (1, 256, ROWS[-1]):
+        if m in (1, 256, ROWS[-1]) and shape == MEASURED[0]:  # slow to compile, and much the same for the other
             record(
                 "XLA decode, product",
                 m,

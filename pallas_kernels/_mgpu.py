@@ -28,10 +28,16 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
+def float_literal(value: float) -> str:
+    """Returns a float32 number as PTX writes it."""
+    return f"0f{np.float32(value).view(np.uint32):08X}"
+
+
 class Thread:
     """One thread of a warpgroup: its place, 32-bit words of memory, and PTX on them.
 
     Attributes:
+      index: 0 to 127 within the warpgroup.
       warp: 0 to 3 within the warpgroup.
       row, pair: lane / 4 and lane % 4, which are the row and the column pair that the lane holds of a wgmma operand.
     """
@@ -41,11 +47,14 @@ class Thread:
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, llvm
 
+        self._bind(ir, arith, llvm, utils)
+
+    def _bind(self, ir: Any, arith: Any, llvm: Any, utils: Any) -> None:
         self._ir, self._arith, self._llvm, self._utils = ir, arith, llvm, utils
         self._i32 = ir.IntegerType.get_signless(32)
-        thread = arith.remui(utils.thread_idx(), self.const(128))
-        lane = arith.andi(thread, self.const(31))
-        self.warp = arith.shrui(thread, self.const(5))
+        self.index = arith.remui(utils.thread_idx(), self.const(128))
+        lane = arith.andi(self.index, self.const(31))
+        self.warp = arith.shrui(self.index, self.const(5))
         self.lane, self.row, self.pair = lane, arith.shrui(lane, self.const(2)), arith.andi(lane, self.const(3))
 
     def const(self, value: int) -> Any:
@@ -76,10 +85,17 @@ class Thread:
         return self.const(value) if isinstance(value, int) else value
 
     def ptx(self, code: str, *operands: Any) -> Any:
-        """Returns the word that a PTX instruction computes from operands: words, or ints as immediates."""
-        words = [operand for operand in operands if not isinstance(operand, int)]
+        """Returns the word that a PTX instruction computes from operands: words, or ints and floats as immediates."""
+        words = [operand for operand in operands if not isinstance(operand, int | float)]
         names = iter(f"${i + 1}" for i in range(len(words)))
-        text = ", ".join(hex(operand) if isinstance(operand, int) else next(names) for operand in operands)
+        text = ", ".join(
+            hex(operand)
+            if isinstance(operand, int)
+            else float_literal(operand)
+            if isinstance(operand, float)
+            else next(names)
+            for operand in operands
+        )
         return self._llvm.inline_asm(self._i32, words, f"{code} $0, {text};", ",".join(["=r"] + ["r"] * len(words)))
 
     def cluster_rank(self) -> Any:
@@ -95,6 +111,15 @@ class Thread:
             return [self._llvm.load(self._i32, pointer)]
         vector = self._llvm.load(self._ir.VectorType.get((words,), self._i32), pointer)
         return [self._llvm.extractelement(vector, self.const(i)) for i in range(words)]
+
+    def store_shared(self, memref: Any, offset: Any, word: Any) -> None:
+        """Writes a word to shared memory at a byte offset."""
+        byte = self._ir.IntegerType.get_signless(8)
+        self._llvm.store(word, self._utils.getelementptr(self._utils.memref_ptr(memref), [offset], byte))
+
+    def warpgroup_barrier(self) -> None:
+        """Waits until every thread of the warpgroup is here; what they wrote to shared memory can then be read."""
+        self._utils.warpgroup_barrier()
 
     def store(self, memref: Any, offset: Any, words: Sequence[Any], predicate: Any) -> None:
         """Writes consecutive words to global memory at a byte offset where ``predicate`` holds."""
@@ -149,6 +174,81 @@ class Thread:
     def _effect(self, code: str, kinds: str, *operands: Any) -> None:
         self._llvm.inline_asm(None, list(operands), code, ",".join([*kinds, "~{memory}"]), has_side_effects=True)
 
+    def pointer(self, memref: Any, offset: Any = 0) -> Any:
+        """Returns the address of a byte of global memory, for `read` and `write`."""
+        i64 = self._ir.IntegerType.get_signless(64)
+        base = self._llvm.ptrtoint(i64, self._utils.memref_ptr(memref))
+        return self.advance(base, offset)
+
+    def advance(self, pointer: Any, count: Any, size: int = 1) -> Any:
+        """Returns the address ``count * size`` bytes further on; the count is an unsigned word."""
+        i64 = self._ir.IntegerType.get_signless(64)
+        steps = self._arith.extui(i64, self._word(count))
+        if size != 1:
+            steps = self._arith.muli(steps, self._utils.c(size, i64))
+        return self._arith.addi(pointer, steps)
+
+    def read(self, pointer: Any, offset: int, words: int = 1, *, once: bool = True) -> list[Any]:
+        """Returns 1, 2 or 4 consecutive words of memory that the kernel only reads, so many bytes after ``pointer``.
+
+        Args:
+          pointer: of `pointer`.
+          offset: in bytes.
+          words: how many.
+          once: whether nobody reads them again, so that they need no place in the cache.
+        """
+        hint = ".L1::no_allocate" if once else ""
+        if words == 1:
+            code = f"ld.global.nc{hint}.b32 $0, [$1+{offset}];"
+        else:
+            names = ", ".join(f"${i}" for i in range(words))
+            code = f"ld.global.nc{hint}.v{words}.b32 {{{names}}}, [${words}+{offset}];"
+        return list(self._utils.inline_ptx(code, pointer, result_types=[self._i32] * words))
+
+    def read_half(self, pointer: Any, offset: int) -> Any:
+        """Returns 16 bits of memory that the kernel only reads, in the low half of a word."""
+        code = f"{{ .reg .b16 h; ld.global.nc.b16 h, [$1+{offset}]; cvt.u32.u16 $0, h; }}"
+        return self._utils.inline_ptx(code, pointer, result_types=self._i32)
+
+    def write(self, pointer: Any, offset: int, words: Sequence[Any]) -> None:
+        """Writes 1, 2 or 4 consecutive words to global memory, so many bytes after ``pointer``."""
+        names = ", ".join(f"${i + 1}" for i in range(len(words)))
+        if len(words) == 1:
+            code = f"st.global.b32 [$0+{offset}], $1;"
+        else:
+            code = f"st.global.v{len(words)}.b32 [$0+{offset}], {{{names}}};"
+        self._effect(code, "l" + "r" * len(words), pointer, *words)
+
+    def write_half(self, pointer: Any, offset: int, word: Any, chosen: Any) -> None:
+        """Writes the low 16 bits of a word to global memory where the word ``chosen`` is not zero."""
+        code = (
+            "{ .reg .b16 h; .reg .pred p; setp.ne.u32 p, $2, 0; cvt.u16.u32 h, $1; "
+            f"@p st.global.b16 [$0+{offset}], h; }}"
+        )
+        self._effect(code, "lrr", pointer, word, chosen)
+
+    def write_shared(self, memref: Any, offset: Any, word: Any) -> None:
+        """Writes a word at a byte offset of shared memory."""
+        self._effect("st.shared.b32 [$0], $1;", "rr", self._shared_address(memref, self._word(offset)), word)
+
+    def shuffle(self, word: Any, distance: int) -> Any:
+        """Returns the word of the lane whose number differs in the bits of ``distance``."""
+        code = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+        return self._utils.inline_ptx(code, word, result_types=self._i32, has_side_effects=True, convergent=True)
+
+    def barrier(self) -> None:
+        """Waits for the warpgroup; what its threads wrote to shared memory can then be read."""
+        self._utils.warpgroup_barrier()
+
+    def widen(self, word: Any, half: int) -> Any:
+        """Returns the float32 of one of the two float16 numbers of a word."""
+        code = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, " + "lh"[half] + "; }"
+        return self._utils.inline_ptx(code, word, result_types=self._i32)
+
+    def loop(self, count: Any, step: Callable[[Any, list[Any]], list[Any]], carry: list[Any]) -> list[Any]:
+        """Returns ``carry`` after ``carry = step(i, carry)`` for i from 0 to below ``count``; words all."""
+        return list(self._utils.fori(count, carry)(step).results)
+
     def both(self, a: Any, b: Any) -> Any:
         return self._arith.andi(a, b)
 
@@ -200,14 +300,22 @@ def fragment(
     )(build)(*refs)
 
 
-def each_thread(run: Callable[..., None], refs: Sequence[Any]) -> None:
-    """Lets every thread of a warpgroup run ``run(thread, *memrefs)`` on memory that has no transforms."""
+def each_thread(run: Callable[..., None], refs: Sequence[Any], scalars: Sequence[Any] = ()) -> None:
+    """Lets every thread of a warpgroup run ``run(thread, *memrefs, *words)``.
 
-    def build(ctx: Any, *memrefs: Any) -> None:
+    Args:
+      run: makes the thread's program.
+      refs: memory that has no transforms.
+      scalars: int32 scalars.
+    """
+
+    def build(ctx: Any, *operands: Any) -> None:
         del ctx
-        run(Thread(), *memrefs)
+        words = [operand.registers.item() for operand in operands[len(refs) :]]
+        run(Thread(), *operands[: len(refs)], *words)
 
-    plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))(build)(*refs)
+    kinds = (*(plgpu.RefType() for _ in refs), *(plgpu.Layout.WG_SPLAT for _ in scalars))
+    plgpu.inline_mgpu(arg_types=kinds)(build)(*refs, *scalars)
 
 
 def write_fragment(array: jax.Array, refs: Sequence[Any], write: Callable[..., None]) -> None:

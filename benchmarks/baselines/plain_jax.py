@@ -1,7 +1,7 @@
-"""What a careful user writes by hand: a Llama in plain JAX with LoRA on every linear layer.
+"""What a careful user writes by hand: a Llama in plain JAX, all of it trained or LoRA on every linear layer.
 
-Layers under `lax.scan` with full rematerialisation, cuDNN attention, and a cross-entropy in chunks of tokens, so that
-neither the activations of all layers nor the logits of all tokens ever exist.
+Layers under `lax.scan` with `jax.checkpoint`, cuDNN attention, and a cross-entropy in chunks of tokens, so that the
+logits of all tokens never exist, nor with full rematerialisation the activations of all layers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from benchmarks.harness import Workload, random_leaf
 from benchmarks.shapes import Llama
 
 Params = dict[str, Any]
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 def init_params(config: Llama, key: jax.Array) -> Params:
@@ -61,14 +65,18 @@ def rope(x: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def hidden(config: Llama, params: Params, theta: Params, scale: float, tokens: jax.Array, attention: str) -> jax.Array:
-    """Returns the last hidden states [B, S, D] of ``tokens`` [B, S]."""
+def hidden(
+    config: Llama, params: Params, theta: Params, scale: float, tokens: jax.Array, attention: str, remat: str
+) -> jax.Array:
+    """Returns the last hidden states [B, S, D] of ``tokens`` [B, S]; without adapters ``theta`` is empty."""
     batch, length = tokens.shape
 
     def layer(x: jax.Array, weights: tuple[Params, Params]) -> tuple[jax.Array, None]:
         w, lora = weights
 
         def linear(x: jax.Array, name: str) -> jax.Array:
+            if not lora:
+                return x @ w[name]
             a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
             return x @ w[name] + (x @ a) @ b * jnp.asarray(scale, x.dtype)
 
@@ -82,7 +90,8 @@ def hidden(config: Llama, params: Params, theta: Params, scale: float, tokens: j
         h = rms_norm(x, w["norm2"], config.eps)
         return x + linear(jax.nn.silu(linear(h, "gate")) * linear(h, "up"), "down"), None
 
-    layer = jax.checkpoint(layer, prevent_cse=False)  # a scan needs no barrier against common subexpressions
+    if remat != "none":  # a scan needs no barrier against common subexpressions
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[remat])
     x, _ = jax.lax.scan(layer, params["embed"][tokens], (params["layers"], theta))
     return rms_norm(x, params["norm"], config.eps)
 
@@ -109,25 +118,38 @@ def chunked_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array, chu
     return total / targets.size
 
 
-def build(config: Llama, *, rank: int, alpha: float, chunk: int, learning_rate: float, attention: str) -> Workload:
-    """Returns the LoRA training step with AdamW.
+def build(
+    config: Llama,
+    *,
+    rank: int | None,
+    alpha: float,
+    chunk: int,
+    learning_rate: float,
+    attention: str,
+    remat: str = "full",
+) -> Workload:
+    """Returns the training step with AdamW.
 
     Args:
       config: sizes.
-      rank, alpha: of the adapters.
+      rank, alpha: of the adapters; rank None trains all weights, which are bfloat16 as are the moments.
       chunk: tokens whose logits exist at a time.
       learning_rate: of AdamW.
       attention: ``implementation`` of `jax.nn.dot_product_attention`.
+      remat: "none", or a key of `POLICIES`.
     """
     tx = optax.adamw(learning_rate)
 
     def init(key: jax.Array) -> tuple[Any, Params]:
         params = init_params(config, jax.random.fold_in(key, 0))
+        if rank is None:
+            return (params, tx.init(params)), {}
         theta = init_lora(config, jax.random.fold_in(key, 1), rank)
         return (theta, tx.init(theta)), params
 
     def loss_fn(theta: Params, params: Params, tokens: jax.Array) -> jax.Array:
-        x = hidden(config, params, theta, alpha / rank, tokens[:, :-1], attention)
+        params, theta, scale = (theta, {}, 0.0) if rank is None else (params, theta, alpha / rank)
+        x = hidden(config, params, theta, scale, tokens[:, :-1], attention, remat)
         head = params["embed"] if config.tied else params["head"]
         return chunked_cross_entropy(x.reshape(-1, config.d_model), head, tokens[:, 1:].reshape(-1), chunk)
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memjax.codecs import fused
 from pallas_kernels._bits import PLANES, flat_counter, hash_bits, pack, seed_words, uniform, unpack
+from pallas_kernels.codec import Form
 
 Rounding = Literal["nearest", "up", "down"]
 _BIT_PATTERN = {"bfloat16": jnp.uint16, "float16": jnp.uint16, "float32": jnp.uint32}
@@ -171,6 +173,10 @@ class Codec(abc.ABC):
             return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
         return codes.astype(jnp.float32) - np.float32(2 ** (self.bits - 1))
 
+    def kernel_form(self, group: int) -> Form | None:
+        """Returns the kernels' name of this format for groups of so many elements, or None where they know none."""
+        return None
+
     def store_scales(self, scale: jax.Array, axes: tuple[int, ...]) -> Any:
         """Returns what `Packed` keeps of the bit patterns ``scale``; see `scales`."""
         return scale
@@ -290,7 +296,8 @@ class Packed:
     def decode(self, dtype: Any = None) -> jax.Array:
         """Returns the array ``[...]`` in ``dtype`` (default: the `dtype` of the array).
 
-        Shifts, products and broadcasts only, so that it fuses into its consumer.
+        Shifts, products and broadcasts only, so that it fuses into its consumer; large arrays of `Grouped` codes along
+        the last axis are decoded by a kernel where the device is a Hopper GPU.
         """
         return _decode(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
@@ -360,6 +367,10 @@ def _encode(
 ) -> tuple[tuple[jax.Array, ...], Any, jax.Array | None]:
     x = lax.stop_gradient(x)
     blocks = group_blocks(x.shape, axes, codec.group)
+    form = codec.kernel_form(blocks[-1]) if axes == (-1,) else None
+    if form is not None and fused.takes(form, x.shape, x.dtype):
+        codes, scale, offset = fused.encode(x, words, form)
+        return (codes,), scale, offset
     counts = tuple(x.shape[axis] // block for axis, block in zip(axes, blocks))
     noise = None
     if words is not None:
@@ -378,6 +389,9 @@ def _encode(
 def _decode(packed: Packed, dtype: np.dtype) -> jax.Array:
     shape, axes, codec = packed.shape, packed.axes, packed.codec
     counts = packed.counts
+    form = codec.kernel_form(shape[-1] // counts[-1]) if axes == (-1,) else None
+    if form is not None and fused.takes(form, shape, dtype):
+        return fused.decode(packed.planes[0], packed.scale, packed.offset, form, dtype)
     codes = unpack(packed.planes, codec.bits, axes[-1], shape[axes[-1]] // counts[-1])
     values = blocked(codec.values(codes), axes, counts)[0]
     values = values * blocked(codec.scales(packed.scale), axes, counts)[0]

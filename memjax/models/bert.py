@@ -28,6 +28,7 @@ from memjax.models.layers import (
     stack_layers,
     with_prefix,
 )
+from memjax.ops import gelu, layer_norm
 from memjax.remat import Policy
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
@@ -77,11 +78,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        return (y * scale + bias).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
 
 
 class Attention(nnx.Module):
@@ -111,7 +108,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.gelu(self.up_proj(x), approximate=False))
+        return self.down_proj(gelu(self.up_proj(x)))
 
 
 class Block(nnx.Module):

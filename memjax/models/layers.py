@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -116,16 +117,67 @@ def attend(
         raise ValueError(f"attention must be 'xla', 'cudnn' or None, got {implementation!r}")
     if mask is not None and implementation == "cudnn":  # which takes a mask as a bias of every query
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
-    out = jax.nn.dot_product_attention(
-        checkpoint_name(q, "q"),
-        checkpoint_name(k, "k"),
-        checkpoint_name(v, "v"),
-        mask=mask,
-        is_causal=causal,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
-    )
-    return checkpoint_name(out.reshape(*q.shape[:2], -1), "attn_out")
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=implementation,
+        )
+
+    q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+    if implementation == "cudnn":
+        out = join_heads(attention, q.shape[2])(q, k, v, mask)
+    else:
+        out = attention(q, k, v, mask).reshape(*q.shape[:2], -1)
+    return checkpoint_name(out, "attn_out")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """``[B, S, H * Dh]`` in place of ``[B, S, H, Dh]``."""
+
+    array: jax.Array
+
+
+def join_heads(attention: Callable[..., jax.Array], heads: int) -> Callable[..., jax.Array]:
+    """Returns ``attention`` with its result as ``[B, S, H * Dh]``, which reverse mode then keeps once.
+
+    A kernel keeps its result for its backward pass, the product that follows keeps the reshaped one, and a scan over
+    layers stacks both. Here the kernel's backward pass is given the reshaped one.
+
+    Args:
+      attention: ``(q, k, v, ...) -> [B, S, H, Dh]``.
+      heads: H.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], heads, -1)
+
+    def is_joined(x: Any) -> bool:
+        return isinstance(x, _Joined)
+
+    @jax.custom_vjp
+    def joined(*args: Any) -> jax.Array:
+        out = attention(*args)
+        return out.reshape(*out.shape[:2], -1)
+
+    def forward(*args: Any) -> tuple[jax.Array, Any]:
+        out, back = jax.vjp(attention, *args)
+        y = out.reshape(*out.shape[:2], -1)
+        return y, jax.tree.map(lambda leaf: _Joined(y) if leaf is out else leaf, back)
+
+    def backward(back: Any, dy: jax.Array) -> Any:
+        back = jax.tree.map(lambda leaf: split(leaf.array) if is_joined(leaf) else leaf, back, is_leaf=is_joined)
+        return back(split(dy))
+
+    joined.defvjp(forward, backward)
+    return joined
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:

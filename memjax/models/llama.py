@@ -31,6 +31,7 @@ from memjax.models.layers import (
     stack_layers,
     with_prefix,
 )
+from memjax.ops import rms_norm, rope, swiglu
 from memjax.remat import Policy
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -156,13 +157,6 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + Dh/2) of ``x [B, S, H, Dh]`` by ``angles [B or 1, S, Dh/2]``, in float32."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class RMSNorm(nnx.Module):
     """Divides by the root mean square over the last axis, in float32."""
 
@@ -171,9 +165,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], eps=self.eps)
 
 
 class Attention(nnx.Module):
@@ -198,11 +190,11 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles), rotate(k, angles), v
+        return rope(q, angles), rope(k, angles), v
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward; where `down_proj` is trained, its input is computed again instead of kept."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -211,7 +203,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(f, d, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return jax.checkpoint(lambda gate, up: self.down_proj(swiglu(gate, up)), prevent_cse=False)(gate, up)
 
 
 class Block(nnx.Module):

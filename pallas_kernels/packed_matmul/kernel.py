@@ -120,35 +120,21 @@ class _Codes:
         return integers(self.thread, self.form, pair, bit, high, high_bit)
 
     @functools.cache  # noqa: B019
-    def _levels(self, rows: int) -> list[list[list[Any]]]:
-        """Returns, for two byte rows (see `_load`), the NF4 levels ``[row][nibble / 2][2 words]`` byte by byte."""
-        ptx, const = self.thread.ptx, self.thread.const
-        high, low = ([const(word) for word in table] for table in lookup_words(NF4_LEVELS))
+    def _levels(self, row: int) -> list[list[Any]]:
+        """Returns, for two byte rows (see `_load`), the levels of each feature's byte as a word ``[row][feature]``."""
+        ptx, table = self.thread.ptx, self.planes[-1]
+        bank = self.thread.mul(self.thread.lane, 4)
         found = []
-        for word in self._words(0, rows):
-            index = ptx("and.b32", word, 0x77777777)
-            choice = ptx("lop3.b32", ptx("shr.b32", word, 1), 0x44444444, 0x32103210, 0xEA)
-            halves = []
-            for part in (0, 1):
-                if part:
-                    index, choice = ptx("shr.b32", index, 16), ptx("shr.b32", choice, 16)
-                picked = []
-                for table in (high, low):
-                    below = ptx("prmt.b32", table[0], table[1], index)
-                    above = ptx("prmt.b32", table[2], table[3], index)
-                    picked.append(ptx("prmt.b32", below, above, choice))
-                halves.append(
-                    [ptx("prmt.b32", picked[1], picked[0], 0x5140), ptx("prmt.b32", picked[1], picked[0], 0x7362)]
-                )
-            found.append(halves)
+        for word in self._words(0, row):
+            places = [ptx("shl.b32", word, 7), *(ptx("shr.b32", word, 8 * feature - 7) for feature in (1, 2, 3))]
+            found.append([self.thread.load(table, ptx("lop3.b32", p, 0x7F80, bank, 0xEA))[0] for p in places])
         return found
 
     def levels(self, step: int, half: int, feature: int) -> Any:
         """Returns two levels, as `integers` does codes."""
         row, bit = self.place(0, step)
         first, second = self._levels(row + 8 * half)
-        part, byte = divmod(feature, 2)
-        return self.thread.ptx("prmt.b32", first[part][byte], second[part][byte], 0x7632 if bit else 0x5410)
+        return self.thread.ptx("prmt.b32", first[feature], second[feature], 0x7632 if bit else 0x5410)
 
     def scales(self, ref: Any, group: int) -> list[Any]:
         """Returns the bfloat16 scales of the four features in one group, each in both halves of a word."""
@@ -159,10 +145,29 @@ class _Codes:
         ]
 
 
+def _write_table(thread: _mgpu.Thread, memref: Any) -> None:
+    """Writes the NF4 levels of every byte's two codes to memory ``[byte, lane]``, a column for each bank and lane."""
+    ptx, const = thread.ptx, thread.const
+    high, low = ([const(word) for word in table] for table in lookup_words(NF4_LEVELS))
+    for upper in (0, 128):
+        byte = thread.add(thread.mul(thread.warp, 32), thread.lane, upper)
+        index = ptx("and.b32", byte, 0x77)
+        choice = ptx("lop3.b32", ptx("shr.b32", byte, 1), 0x44, 0x10, 0xEA)
+        picked = []
+        for table in (high, low):
+            below, above = ptx("prmt.b32", table[0], table[1], index), ptx("prmt.b32", table[2], table[3], index)
+            picked.append(ptx("prmt.b32", below, above, choice))
+        word = ptx("prmt.b32", picked[1], picked[0], 0x5140)
+        for i in range(32):
+            bank = thread.bits_and(thread.add(thread.lane, i), 31)
+            thread.store_shared(memref, thread.add(thread.mul(byte, 128), thread.mul(bank, 4)), word)
+    thread.warpgroup_barrier()
+
+
 def _decode_words(form: Format, thread: _mgpu.Thread, *memrefs: Any) -> np.ndarray:
     """Makes a thread's words of the transposed weight tile ``[features, inputs]``, scaled; see `_mgpu.fragment`."""
     n_planes = len(form.rows)
-    codes = _Codes(thread, form, memrefs[:n_planes])
+    codes = _Codes(thread, form, (*memrefs[:n_planes], *memrefs[-1:]) if form.nf4 else memrefs[:n_planes])
     words = np.empty((2, TILE // 8, 2), dtype=object)
     for group in range(TILE // form.group):
         scales = codes.scales(memrefs[n_planes], group)
@@ -245,7 +250,8 @@ def smem_bytes(m: int, form: Format, config: Config) -> int:
     """Returns the shared memory that a block of `matmul` takes, barriers aside."""
     metas = (2 if form.affine else 1) * 2 * TILE * (TILE // form.group)
     stage = sum(form.rows) * TILE + max(metas, 1024) + 2 * TILE * m
-    return config.stages * stage + (config.warpgroups - 1 + (config.splits > 1)) * 4 * TILE * m
+    table = 4 * 256 * 32 if form.nf4 else 0
+    return config.stages * stage + (config.warpgroups - 1 + (config.splits > 1)) * 4 * TILE * m + table
 
 
 def matmul(
@@ -291,7 +297,7 @@ def matmul(
 
     def body(*refs: Any) -> None:
         inputs, out_ref, rest = refs[:n_in], refs[n_in], refs[n_in + 1 :]
-        stage_refs, (sums_ref, received_ref, dense_ref, full, empty, done) = rest[:n_in], rest[n_in:]
+        stage_refs, (sums_ref, received_ref, dense_ref, table_ref, full, empty, done) = rest[:n_in], rest[n_in:]
         columns = pl.ds(lax.axis_index("tile") * TILE, TILE)
         split, group_id = lax.axis_index("split"), lax.axis_index("wg")
         first = split * tiles
@@ -313,6 +319,8 @@ def matmul(
                 for source, target in zip([x_part, *parts], stage_refs):
                     plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
 
+        tables = [table_ref] if form.nf4 else []
+
         def weight_of(slot: Any) -> Any:
             sources = [ref.at[slot] for ref in stage_refs[1:]]
             if interpret:
@@ -325,8 +333,8 @@ def matmul(
             return _mgpu.fragment(
                 (TILE, TILE),
                 functools.partial(_decode_words, form),
-                sources,
-                [byte_rows] * len(rows) + [()] * len(metas),
+                [*sources, *tables],
+                [byte_rows] * len(rows) + [()] * (len(metas) + len(tables)),
             )
 
         def with_sums(acc: Any) -> None:
@@ -371,6 +379,8 @@ def matmul(
         def _multiply() -> None:
             if warpgroups > 1:
                 plgpu.set_max_registers(_REGISTERS[warpgroups], action="increase")
+            if form.nf4 and not interpret:  # every warpgroup writes the same words and waits for its own threads only
+                _mgpu.each_thread(_write_table, tables)
             pl.run_scoped(with_sums, plgpu.ACC((TILE, m), jnp.float32))
 
         if splits > 1 and not interpret:
@@ -405,6 +415,7 @@ def matmul(
             plgpu.SMEM((warpgroups - 1, TILE, m) if warpgroups > 1 else small, jnp.float32),
             plgpu.SMEM((1, TILE, m) if splits > 1 else small, jnp.float32),
             plgpu.SMEM((warpgroups, TILE, TILE) if interpret else small, jnp.bfloat16),
+            plgpu.SMEM((256, 32) if form.nf4 else (8, 8), jnp.uint32),
             plgpu.Barrier(num_arrivals=n_in, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=max(1, warpgroups - 1)),

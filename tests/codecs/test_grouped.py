@@ -191,6 +191,12 @@ def test_search_takes_the_range_of_least_squared_error(make, symmetric):
         codec.encode(x, -1, key=0)
 
 
+def test_search_finds_the_grid_of_weights_decoded_from_four_bits():
+    grid = codecs.int4(32, symmetric=False, scale_dtype="float32").encode(normal(64, 64) + 3, axes=-1).decode()
+    codec = codecs.int6(32, symmetric=False, scale_dtype="float32", search=True)
+    np.testing.assert_allclose(codec.encode(grid, axes=-1).decode(), grid, atol=1e-5)
+
+
 def test_search_keeps_one_candidate_at_a_time():
     x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
     temp = [

@@ -1,0 +1,192 @@
+"""What packed activations cost in loss: SmolLM2-135M under LoRA, and a byte-level language model from scratch.
+
+Both train on the King James text, three seeds for every policy, the same batches for all policies of a seed; only what
+backward reads differs. Losses are of held-out text. SmolLM2 keeps its packed Q4_1 base and trains rank-16 factors for
+50 steps of 2 windows of 128 tokens; the language model has 10.6 million parameters and trains 400 steps of 16 windows
+of 256 bytes. All is computed in bfloat16 but for float32 master weights.
+
+    python -m benchmarks.activation_quality
+    python -m benchmarks.activation_quality --cases 'LM*' --keep
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import memjax as mj
+from benchmarks import quality
+from benchmarks.quality import KERNELS
+from memjax import models
+from memjax.recipes import data
+from memjax.recipes.data import Windows
+from memjax.recipes.evaluate import make_evaluate
+from memjax.recipes.train import init_state, make_step
+
+SEEDS = (0, 1, 2)
+
+
+def packed(bits: Any, **options: Any) -> mj.remat.ResidualPolicy:
+    """Returns the policy that packs all residuals, a block's input in 8 bits."""
+    return mj.remat.ResidualPolicy(bits, inputs="**", **options)
+
+
+POLICIES: dict[str, Any] = {
+    "exact": "none",
+    "8 bits": packed(8),
+    "4 bits": packed(4),
+    "4 bits, stochastic": packed(4, rounding="stochastic"),
+    "2 bits": packed(2),
+    "2 bits, stochastic": packed(2, rounding="stochastic"),
+    "full from 8 bits": mj.remat.quantized(8),
+    "full from 4 bits": mj.remat.quantized(4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model and how it is trained.
+
+    Attributes:
+      model: the model; its params are the frozen ones, or where the run starts if ``adapter`` is None.
+      adapter: what is trained beside the params, or None to train the params.
+      train: windows to train on.
+      held_out: windows whose loss is reported.
+      batch, steps, lr: of the training.
+    """
+
+    model: models.Model
+    adapter: Any
+    train: Windows
+    held_out: Windows
+    batch: int
+    steps: int
+    lr: float
+
+    def loss_fn(self, remat: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """Returns the loss ``(theta, frozen, batch, key) -> (sum, count)``."""
+
+        def nll(params: Any, batch: Windows) -> tuple[jax.Array, jax.Array]:
+            hidden = self.model.hidden(params, batch.inputs, remat=remat, attention="xla")
+            weight, axis = self.model.head(params)
+            total = mj.ops.linear_cross_entropy(
+                hidden, weight, batch.targets, weights=batch.weights, w_axis=axis, reduction="sum"
+            )
+            return total, batch.weights.sum()
+
+        def loss(theta: Any, frozen: Any, batch: Windows, key: Any) -> tuple[jax.Array, jax.Array]:
+            if self.adapter is None:
+                return nll(jax.tree.map(lambda x: x.astype(jnp.bfloat16), theta), batch)
+            return mj.lift(nll)(self.adapter.attach(frozen, theta), batch)
+
+        return loss
+
+    def start(self, seed: int) -> tuple[Any, Any]:
+        """Returns the trained pytree and the frozen one."""
+        key = jax.random.key(seed)
+        if self.adapter is None:
+            return models.random_params(self.model.config, key, jnp.dtype("float32")), {}
+        return self.adapter.init(key, self.model.params), self.model.params
+
+    def measure(self, remat: Any) -> dict[str, Any]:
+        """Trains with every seed and returns the row of a policy."""
+        rate = optax.warmup_cosine_decay_schedule(0.1 * self.lr, self.lr, max(1, self.steps // 10), self.steps)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+        step = make_step(self.loss_fn(remat), tx)
+
+        @jax.jit
+        def train(theta: Any, frozen: Any, batches: Windows) -> tuple[Any, jax.Array]:
+            state, metrics = jax.lax.scan(
+                lambda state, batch: step(state, frozen, batch), init_state(theta, tx), batches
+            )
+            return state.theta, metrics.loss
+
+        evaluate = make_evaluate(self.loss_fn("none"))
+        after, trained = [], []
+        for seed in SEEDS:
+            theta, frozen = self.start(seed)
+            loader = data.Loader(self.train, self.batch, seed)
+            parts = [loader.batch_at(i)[:3] for i in range(self.steps)]
+            theta, losses = train(theta, frozen, Windows(*(np.stack(field) for field in zip(*parts))))
+            after.append(evaluate(theta, frozen, self.held_out, 16).nll)
+            trained.append(float(losses[-self.steps // 10 :].mean()))
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(theta)),
+            "layers": self.model.config.num_layers,
+            "steps": self.steps,
+            "batch": [self.batch, int(self.train.inputs.shape[1])],
+            "lr": self.lr,
+            "seeds": list(SEEDS),
+            "after": after,
+            "after_mean": statistics.mean(after),
+            "after_std": statistics.stdev(after),
+            "last_losses": trained,
+        }
+
+
+def smollm2(options: argparse.Namespace) -> Task:
+    """Returns the fine-tuning of SmolLM2."""
+    model = quality.load_model(options.gguf, options.tiny, options.layers, "bfloat16")
+    train, held_out = (data.text_windows(tokens, 128) for tokens in quality.load_text(model.tokenizer))
+    adapter = mj.adapters.lora(16, 32.0, targets=KERNELS)
+    small = options.tiny or options.layers
+    model = dataclasses.replace(model, params=jax.device_put(model.params))
+    return Task(
+        model,
+        adapter,
+        train,
+        quality.head(held_out, 0, 2 if small else 64),
+        2,
+        options.steps or (2 if small else 50),
+        1e-3,
+    )
+
+
+def language_model(options: argparse.Namespace) -> Task:
+    """Returns the training of a language model over bytes."""
+    small = bool(options.tiny or options.layers)
+    sizes = (64, 128, 2, 2) if small else (384, 1024, 6, 6)
+    config = models.LlamaConfig(
+        vocab_size=256,
+        hidden_size=sizes[0],
+        intermediate_size=sizes[1],
+        num_layers=sizes[2],
+        num_heads=sizes[3],
+        num_kv_heads=sizes[3],
+        head_dim=64,
+        tie_embeddings=True,
+    )
+    tokens = quality.load_text(quality.Bytes())
+    train, held_out = (data.text_windows(part, 64 if small else 256) for part in tokens)
+    model = models.Model(config, {}, quality.Bytes(), "bytes")
+    steps = options.steps or (2 if small else 400)
+    return Task(model, None, train, quality.head(held_out, 0, 2 if small else 64), 2 if small else 16, steps, 2e-3)
+
+
+def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Returns the cases; those of a task share what the first of them loads."""
+    tasks = {
+        "SmolLM2": functools.cache(lambda: smollm2(options)),
+        "LM": functools.cache(lambda: language_model(options)),
+    }
+    return {
+        f"{name}, {policy}": lambda task=task, remat=remat: task().measure(remat)
+        for name, task in tasks.items()
+        for policy, remat in POLICIES.items()
+    }
+
+
+if __name__ == "__main__":
+    quality.main("activation_quality", cases_of)

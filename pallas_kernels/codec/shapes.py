@@ -1,0 +1,9 @@
+"""Activations of real models, as (tokens, features), on which the kernels are measured."""
+
+SHAPES = {
+    "llama-3.1-8b/block": (8192, 4096),
+    "llama-3.1-8b/mlp": (4096, 14336),
+    "llama-3.2-1b/block": (8192, 2048),
+    "llama-3.2-1b/mlp": (4096, 8192),
+}
+GROUP = 128

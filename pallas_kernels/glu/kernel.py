@@ -1,0 +1,159 @@
+"""Hopper kernels for SwiGLU: one pass over memory forward, with the codes of both inputs, and one backward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _mgpu
+from pallas_kernels.codec import words
+from pallas_kernels.codec.formats import Codes, Form
+from pallas_kernels.codec.kernel import THREADS, Config, block_elements
+from pallas_kernels.glu import reference
+
+DTYPE = "bfloat16"
+
+
+def _sigmoid(thread: Any, x: Any) -> Any:
+    power = thread.ptx("ex2.approx.f32", thread.ptx("mul.f32", x, -math.log2(math.e)))
+    return thread.ptx("rcp.approx.f32", thread.ptx("add.f32", power, 1.0))
+
+
+def forward_block(form: Form, config: Config, thread: Any, *memrefs: Any) -> None:
+    """The program of a thread: its part of a block of the product and of both codes."""
+    count = len(memrefs[3:]) // 2
+    gate, up, out, *packed = memrefs
+    where = words.place(thread, form, thread.index)
+    sources = [thread.pointer(ref, thread.mul(where.element, 2)) for ref in (gate, up)]
+    target = thread.pointer(out, thread.mul(where.element, 2))
+    outs = [words.code_pointers(thread, where, packed[:count]), words.code_pointers(thread, where, packed[count:])]
+    step = THREADS * form.unit
+    read = [[words.read_unit(thread, form, DTYPE, p, i * step) for p in sources] for i in range(config.units)]
+    for i, pair in enumerate(read):
+        values = [[words.floats(thread, DTYPE, span) for span in spans] for spans in pair]
+        product = []
+        for a_span, b_span in zip(*values):
+            gated = [thread.ptx("mul.f32", a, _sigmoid(thread, a)) for a in a_span]
+            product.append([thread.ptx("mul.f32", a, b) for a, b in zip(gated, b_span)])
+        words.write_unit(thread, form, DTYPE, target, i * step, product)
+        for spans, pointers in zip(pair, outs):
+            made, found = words.encode_unit(thread, form, DTYPE, spans, None)
+            words.write_codes(thread, form, where, pointers, i * THREADS, made, found)
+
+
+def backward_block(form: Form, config: Config, thread: Any, *memrefs: Any) -> None:
+    """The program of a thread: its part of a block of both gradients."""
+    count = len(memrefs[1:-2]) // 2
+    slope, packed, outs = memrefs[0], memrefs[1:-2], memrefs[-2:]
+    where = words.place(thread, form, thread.index)
+    source = thread.pointer(slope, thread.mul(where.element, 2))
+    sources = [words.code_pointers(thread, where, packed[:count]), words.code_pointers(thread, where, packed[count:])]
+    targets = [thread.pointer(ref, thread.mul(where.element, 2)) for ref in outs]
+    step = THREADS * form.unit
+    read = [
+        (
+            words.read_unit(thread, form, DTYPE, source, i * step),
+            [words.read_codes(thread, form, pointers, i * THREADS) for pointers in sources],
+        )
+        for i in range(config.units)
+    ]
+    ptx = thread.ptx
+    for i, (spans, codes) in enumerate(read):
+        gates, ups = (words.decode_unit(thread, form, *part) for part in codes)
+        d_gate: list[list[Any]] = [[] for _ in spans]
+        d_up: list[list[Any]] = [[] for _ in spans]
+        for j, span in enumerate(spans):
+            for a, b, d in zip(gates[j], ups[j], words.floats(thread, DTYPE, span)):
+                sigmoid = _sigmoid(thread, a)
+                gated = ptx("mul.f32", a, sigmoid)
+                d_up[j].append(ptx("mul.f32", d, gated))
+                # sigmoid * (1 + a * (1 - sigmoid)) = sigmoid + gated * (1 - sigmoid)
+                rest = ptx("fma.rn.f32", gated, ptx("sub.f32", 1.0, sigmoid), sigmoid)
+                d_gate[j].append(ptx("mul.f32", ptx("mul.f32", d, b), rest))
+        for target, part in zip(targets, (d_gate, d_up)):
+            words.write_unit(thread, form, DTYPE, target, i * step, part)
+
+
+def _code_types(blocks: int, count: int, form: Form) -> list[jax.ShapeDtypeStruct]:
+    groups = jax.ShapeDtypeStruct((blocks, count // form.group), jnp.uint16)
+    codes = jax.ShapeDtypeStruct((blocks, count * form.bits // 8), jnp.uint8)
+    return [codes, groups] if form.symmetric else [codes, groups, groups]
+
+
+def _flat(parts: Any, form: Form) -> tuple[Codes, Codes]:
+    half = 2 if form.symmetric else 3
+    flat = [part.reshape(-1) for part in parts]
+    return Codes(*flat[:half]), Codes(*flat[half:])
+
+
+def forward(
+    gate: jax.Array, up: jax.Array, *, form: Form, config: Config, interpret: bool = False
+) -> tuple[jax.Array, Codes, Codes]:
+    """Returns ``silu(gate) * up`` and the codes of both, all of them ``[n]``.
+
+    Args:
+      gate: bfloat16 ``[n]``, n a multiple of `pallas_kernels.codec.kernel.block_elements`.
+      up: the same.
+      form: the format.
+      config: how to cut the work.
+      interpret: run in the interpreter on a CPU.
+    """
+    count = block_elements(form, config)
+    blocks = gate.size // count
+    packed = _code_types(blocks, count, form)
+
+    def body(*refs: Any) -> None:
+        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
+        if interpret:
+            made = reference.forward(tiles[0][...], tiles[1][...], form)
+            for tile, part in zip(tiles[2:], jax.tree.leaves(made)):
+                tile[...] = part
+        else:
+            _mgpu.each_thread(functools.partial(forward_block, form, config), tiles)
+
+    out, *parts = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((blocks, count), gate.dtype), *packed, *packed),
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=_mgpu.explicit_layouts(),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(gate.reshape(blocks, count), up.reshape(blocks, count))
+    return out.reshape(-1), *_flat(parts, form)
+
+
+def backward(
+    dh: jax.Array, gate: Codes, up: Codes, *, form: Form, config: Config, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of gate and up, bfloat16 ``[n]``; the arguments are `forward`'s and what it returns."""
+    count = block_elements(form, config)
+    blocks = dh.size // count
+    operands = [dh, *jax.tree.leaves((gate, up))]
+
+    def body(*refs: Any) -> None:
+        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
+        if interpret:
+            parts = [tile[...] for tile in tiles[1:-2]]
+            half = len(parts) // 2
+            made = reference.backward(tiles[0][...], Codes(*parts[:half]), Codes(*parts[half:]), form)
+            for tile, part in zip(tiles[-2:], made):
+                tile[...] = part
+        else:
+            _mgpu.each_thread(functools.partial(backward_block, form, config), tiles)
+
+    out = jax.ShapeDtypeStruct((blocks, count), dh.dtype)
+    d_gate, d_up = plgpu.kernel(
+        body,
+        out_type=(out, out),
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=_mgpu.explicit_layouts(),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*(part.reshape(blocks, -1) for part in operands))
+    return d_gate.reshape(-1), d_up.reshape(-1)
