@@ -45,7 +45,7 @@ def abstract_step(layers, remat, packed=True):
     return loss, theta, frozen, batch, state, make_step(loss, tx)
 
 
-@pytest.mark.parametrize("remat", ["full", "full-8bit", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["full", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full-8bit", "none"))])
 def test_residuals_grow_with_depth_as_compiled(remat):
     residual, compiled, kept = [], [], []
     for layers in (2, 10):
@@ -94,12 +94,14 @@ def test_residuals_count_arrays_once_and_weights_never():
     assert report.residual_bytes(loss, vector, matrix, matrix) == 3 * 4 * 16
 
 
-def test_what_is_in_host_memory_is_not_counted():
+def test_packed_residuals_count_as_they_are_stored_and_those_in_host_memory_not():
     def kept(remat):
         loss, theta, frozen, batch, _, _ = abstract_step(2, remat)
         return report.residual_bytes(loss, theta, frozen, batch, jax.random.key(0))
 
-    assert kept("full") - kept("offload") == 2 * B * S * 64 * 4
+    inputs, rest = 2 * B * S * 64, kept("offload")
+    assert kept("full") - rest == 4 * inputs
+    assert kept("full-8bit") - rest == (1 + 4 / 64) * inputs
 
 
 def test_report_of_another_program_is_refused():
