@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from memjax import adapters
+from memjax.models.bert import BertConfig
+from memjax.models.bert import Block as BertBlock
 from memjax.models.layers import join_heads
 from memjax.models.llama import Block, LlamaConfig
 from memjax.weights import lift
@@ -102,7 +104,25 @@ def test_a_scan_over_blocks_stacks_the_formula():
 
 def test_gradients_through_joined_heads():
     q, k, v = array(1, B, S, HEADS, 8), array(2, B, S, 2, 8), array(3, B, S, 2, 8)
-    plain = jax.vjp(lambda *a: flash(*a).reshape(B, S, -1), q, k, v)
-    joined = jax.vjp(join_heads(flash, HEADS), q, k, v)
+    mask = array(4, B, S, HEADS, 1) > 0
+
+    def masked(q, k, v, mask):
+        return jnp.where(mask, flash(q, k, v), 0)
+
+    plain = jax.vjp(lambda *qkv: masked(*qkv, mask).reshape(B, S, -1), q, k, v)
+    joined = jax.vjp(lambda *qkv: join_heads(masked, HEADS)(*qkv, mask), q, k, v)
     np.testing.assert_array_equal(joined[0], plain[0])
     jax.tree.map(np.testing.assert_array_equal, joined[1](plain[0]), plain[1](plain[0]))
+
+
+def test_a_bert_mlp_keeps_two_outputs_and_a_bit_an_element():
+    config = BertConfig(64, D, F, 1, HEADS)
+    graph, state = nnx.split(BertBlock(config, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state)
+
+    def half(params, x):
+        block = nnx.merge(graph, params)
+        return block.output_norm(x + block.mlp(x))
+
+    spare_channels = 8 * 2
+    assert kept_per_token(half, params, X) == 2 * F + F / 8 + 2 * D + 4 + spare_channels
