@@ -201,19 +201,20 @@ def needed(
 
 
 def primal_of(jaxpr: Jaxpr) -> Callable[..., list[Any]] | None:
-    """Returns the function that the one custom_vjp call in ``jaxpr`` has a rule for; None if there is not one."""
-    if sum(eqn.primitive.name == "custom_vjp_call" for eqn in jaxpr.eqns) != 1:
+    """Returns the function that a jaxpr computes without its rule, if all it does is to call a custom_vjp function."""
+    if [eqn.primitive.name for eqn in jaxpr.eqns] != ["custom_vjp_call"]:
         return None
+    (eqn,) = jaxpr.eqns
+    known = dict(zip(jaxpr.constvars, consts_of(jaxpr)))
 
     def primal(*args: Any) -> list[Any]:
-        env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "custom_vjp_call":
-                values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
-                env.update(zip(eqn.outvars, evaluate(body_of(eqn), values)))
-            else:
-                run([eqn], env)
-        return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+        env = known | dict(zip(jaxpr.invars, args))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        env |= zip(eqn.outvars, evaluate(body_of(eqn), [read(atom) for atom in eqn.invars]))
+        return [read(atom) for atom in jaxpr.outvars]
 
     return primal
 

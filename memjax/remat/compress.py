@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Level, Linearized, Origins, Residual, Role, evaluate_levels, linearize
 
 Seed = int | Callable[..., Any]
+_compressed: weakref.WeakKeyDictionary[Callable[..., Any], Any] = weakref.WeakKeyDictionary()
 
 
 def compress_residuals(
@@ -81,8 +84,13 @@ def compress_residuals(
         outputs = _transform(call.fn, settings)(*words, *call.values)
         return jax.tree.unflatten(call.out_tree(), outputs)
 
-    compressed.memjax_compressed = (f, policy, params)  # type: ignore[attr-defined]
+    _compressed[compressed] = f, policy, params
     return compressed
+
+
+def parts_of(f: Callable[..., Any]) -> tuple[Callable[..., Any], ResidualPolicy, tuple[int | str, ...]] | None:
+    """Returns the function, the policy and the params of which `compress_residuals` made ``f``, if it did."""
+    return _compressed.get(f) if inspect.isfunction(f) else None
 
 
 class Call(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from memjax.core.jaxpr_compat import Literal
-from memjax.remat.compress import Row, flatten_call, hoist, make_plan, named
+from memjax.remat.compress import Row, flatten_call, hoist, make_plan, named, parts_of
 from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Level, Linearized, Origins, Role, evaluate_levels, linearize
 
@@ -68,8 +68,9 @@ def report(
     Raises:
       ValueError: ``params``, ``wrt`` or the policy name what is not there.
     """
-    f, own_policy, params = getattr(f, "memjax_compressed", (f, policy, params))
-    policy = own_policy if policy is None else policy
+    if (parts := parts_of(f)) is not None:
+        f, own_policy, params = parts
+        policy = own_policy if policy is None else policy
     params = (params,) if isinstance(params, int | str) else tuple(params)
     call = flatten_call(f, args, {}, params, () if policy is None else policy.inputs)
     chosen = [True] * len(call.roles)
