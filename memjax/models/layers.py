@@ -220,10 +220,10 @@ def checkpointed(body: Callable[..., Any], remat: Policy) -> Callable[..., Any]:
 
     if parse(remat) == Remat():
         return body
-    return checkpoint(named, remat, params=(1,), prevent_cse=False, seed=_seed_of)
+    return checkpoint(named, remat, params=(1,), prevent_cse=False, seed=seed_of)
 
 
-def _seed_of(carry: Any, layer: Any) -> jax.Array:
+def seed_of(carry: Any, layer: Any) -> jax.Array:
     """Returns bits that differ between steps and layers, for stochastic rounding: of the first hidden state."""
     x = jax.tree.leaves(carry)[0]
     first = jax.lax.stop_gradient(x[(0,) * (x.ndim - 1)]).astype(jnp.float32)
