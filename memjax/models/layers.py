@@ -218,7 +218,16 @@ def checkpointed(body: Callable[..., Any], remat: Policy) -> Callable[..., Any]:
     def named(carry: Any, layer: Any) -> Any:
         return body(jax.tree.map(lambda x: checkpoint_name(x, "block_input"), carry), layer)
 
-    return body if parse(remat) == Remat() else checkpoint(named, remat, params=(1,), prevent_cse=False)
+    if parse(remat) == Remat():
+        return body
+    return checkpoint(named, remat, params=(1,), prevent_cse=False, seed=seed_of)
+
+
+def seed_of(carry: Any, layer: Any) -> jax.Array:
+    """Returns bits that differ between steps and layers, for stochastic rounding: of the first hidden state."""
+    x = jax.tree.leaves(carry)[0]
+    first = jax.lax.stop_gradient(x[(0,) * (x.ndim - 1)]).astype(jnp.float32)
+    return jnp.sum(jax.lax.bitcast_convert_type(first, jnp.uint32), dtype=jnp.uint32)
 
 
 def with_prefix(prefix: jax.Array | None, x: jax.Array) -> jax.Array:

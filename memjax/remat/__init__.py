@@ -1,5 +1,6 @@
 """What reverse mode keeps between forward and backward: less of it, packed, elsewhere, or nothing."""
 
+from memjax.remat.allocate import Allocation, allocate, allocate_bits
 from memjax.remat.checkpoint import NAMED, Name, Names, Policy, Remat, checkpoint, names, parse, quantized
 from memjax.remat.compress import Row, compress_residuals
 from memjax.remat.offload import Offload, offload
@@ -12,6 +13,7 @@ from memjax.remat.tiled import tiled
 
 __all__ = [
     "NAMED",
+    "Allocation",
     "Name",
     "Names",
     "Offload",
@@ -24,6 +26,8 @@ __all__ = [
     "Row",
     "SpillStats",
     "SpillStore",
+    "allocate",
+    "allocate_bits",
     "checkpoint",
     "compress_residuals",
     "layers_to_offload",

@@ -7,7 +7,7 @@ Sources: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016 (kee
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from jax.extend.core import subjaxprs
 
 from memjax.core import jaxpr_compat
 from memjax.core.jaxpr_compat import Jaxpr
-from memjax.remat.compress import compress_residuals
+from memjax.remat.compress import Seed, compress_residuals
 from memjax.remat.offload import Offload, offload
 from memjax.remat.policy import Bits, ResidualPolicy
 
@@ -143,7 +143,12 @@ def parse(policy: Policy) -> Remat:
 
 
 def checkpoint(
-    f: Callable[..., Any], policy: Policy = "full", *, params: tuple[int, ...] = (0,), prevent_cse: bool = True
+    f: Callable[..., Any],
+    policy: Policy = "full",
+    *,
+    params: Sequence[int | str] = (0,),
+    prevent_cse: bool = True,
+    seed: Seed = 0,
 ) -> Callable[..., Any]:
     """Returns ``f`` such that reverse mode keeps what a policy says, and computes the rest again.
 
@@ -151,8 +156,9 @@ def checkpoint(
       f: a pure function of pytrees of arrays.
       policy: "full", "dots", "8bit" and the other names of `parse`; `names`, `offload` or `quantized`; a
         `ResidualPolicy`; or a `Remat`, which combines them.
-      params: positions of the arguments that hold weights, which are kept by reference and never packed.
+      params: which arguments hold weights, which are kept by reference and never packed; as in `compress_residuals`.
       prevent_cse: as in `jax.checkpoint`; False is right, and faster, for the body of a scan.
+      seed: for stochastic rounding, as in `compress_residuals`.
 
     Returns:
       A function of the same positional arguments.
@@ -164,7 +170,11 @@ def checkpoint(
     kept = f if remat.again == "none" else jax.checkpoint(f, policy=_jax_policy(remat.again), prevent_cse=prevent_cse)
     if wanted := getattr(remat.again, "names", ()):
         kept = _checked(f, kept, wanted)
-    return kept if remat.store is None else compress_residuals(kept, remat.store, params=params)
+    return (
+        kept
+        if remat.store is None
+        else compress_residuals(kept, remat.store, params=params, prevent_cse=prevent_cse, seed=seed)
+    )
 
 
 def _jax_policy(again: Any) -> Callable[..., Any]:

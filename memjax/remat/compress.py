@@ -175,12 +175,14 @@ class Settings:
 
     Attributes:
       roles: of the last arguments; two seed words may come before them.
+      takes_seeds: the function takes these words too, and makes nothing of them.
     """
 
     policy: ResidualPolicy
     roles: tuple[Role, ...]
     seed: int
     prevent_cse: bool
+    takes_seeds: bool = False
 
 
 def _transform(fn: Callable[..., Any], settings: Settings) -> Callable[..., list[Any]]:
@@ -193,9 +195,10 @@ def _transform(fn: Callable[..., Any], settings: Settings) -> Callable[..., list
         for value, role in zip(values, settings.roles):
             inner = jax.tree.leaves(value)
             roles += [role] if len(inner) == 1 and inner[0] is value else [Role(role.label, "param")] * len(inner)
-        flat_fn = functools.partial(_call_on_leaves, fn, tree)
+        own_fn = functools.partial(fn, *seeds) if settings.takes_seeds else fn
+        flat_fn = functools.partial(_call_on_leaves, own_fn, tree)
         body, all_roles, arrays = hoist(Call(flat_fn, leaves, tuple(roles), lambda: None))
-        flat = dataclasses.replace(settings, roles=all_roles)
+        flat = dataclasses.replace(settings, roles=all_roles, takes_seeds=True)
         if settings.policy.has_patterns:
             everything = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
             rows = make_plan(linearize(body, arrays, everything), all_roles, settings.policy).rows

@@ -55,8 +55,9 @@ def reversible_scan(F: Branch, G: Branch, params: Any, x1: jax.Array, x2: jax.Ar
     """Runs a stack of reversible blocks; backward needs the last output alone.
 
     Backward undoes block by block, which costs one more forward. What it recovers is off by rounding that grows with
-    depth: hold the streams in float32 (branches may compute in bfloat16 inside). The gradients of a stack
-    of 24 random blocks were off by 2e-6 in float32, and by 0.33 in bfloat16, where plain differentiation was by 0.16.
+    depth: hold the streams in float32; branches may compute in bfloat16 inside. Gradients of 24 random blocks with
+    bfloat16 branches are off by 0.071 with float32 streams, to which undoing adds nothing that shows, and by 0.14 with
+    bfloat16 streams, half of which is from undoing; with float32 throughout by 7e-6.
 
     Args:
       F, G: ``branch(params, x) -> y`` as in `reversible`; arrays that they close over get gradients too.

@@ -10,7 +10,7 @@ from memjax import codecs, models
 from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view, materialize
 from memjax.models import llama
-from memjax.models.layers import Linear, stack_layers
+from memjax.models.layers import Linear, seed_of, stack_layers
 from memjax.weights import lift
 from tests.models.checkpoints import DECODERS, FOLDER, checkpoint, reference
 
@@ -89,6 +89,12 @@ def test_remat_keeps_gradients_and_less_memory(name, modes):
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(plain))
     temp = [gradient.memory_analysis().temp_size_in_bytes for gradient in compiled]
     assert temp == sorted(temp, reverse=True) and temp[-1] < 0.6 * temp[0], temp
+
+
+def test_noise_of_stochastic_residuals_differs_between_layers_and_steps():
+    x = jax.random.normal(jax.random.key(0), (3, 2, 4, 8), jnp.bfloat16)
+    seeds = [int(seed_of((carry,), None)) for carry in x]
+    assert len(set(seeds)) == 3 and int(jax.jit(seed_of)(x[0], None)) == seeds[0]
 
 
 def test_compute_dtype_is_the_embeddings():

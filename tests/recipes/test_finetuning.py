@@ -177,6 +177,22 @@ def test_a_finished_run_and_another_folder_are_not_resumed(text_run, tmp_path):
     assert (result.out / "report.json").read_bytes() == written
 
 
+def test_remat_changes_what_is_kept_and_not_the_first_loss(text_run, tmp_path, capsys):
+    settings, result = text_run
+    options = {"model": settings.model, "data": settings.data, "format": "int8", "group": 16, "rank": 4, "batch": 4}
+    options |= {"seq": 32, "accumulate": 2, "steps": 1, "lr": 3e-2, "eval-windows": 2, "sample-tokens": 2}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    cli.main(["finetune", *arguments, "--out", str(tmp_path), "--remat", "full-8bit"])
+    assert "remat full-8bit keeps of each layer: the block's input, in 8 bits" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == pytest.approx(result.losses[0], rel=1e-5)
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["remat"] == "full-8bit"
+    with pytest.raises(ValueError, match="remat='9bit' is not one of none, full, dots"):
+        finetune(dataclasses.replace(settings, remat="9bit"), QUIET)
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", *arguments, "--remat", "9bit"])
+    assert "offload-4bit" in capsys.readouterr().err
+
+
 def test_inspect_and_generate_commands(tiny_model, text_run, capsys):
     cli.main(["inspect", str(tiny_model), "--format", "int8", "--group", "16"])
     printed = capsys.readouterr().out

@@ -46,7 +46,7 @@ def abstract_step(layers, remat, packed=True):
     return loss, theta, frozen, batch, state, make_step(loss, tx)
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["full", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full-8bit", "none"))])
 def test_residuals_grow_with_depth_as_compiled(remat):
     residual, compiled, kept = [], [], []
     for layers in (2, 10):
@@ -55,8 +55,8 @@ def test_residuals_grow_with_depth_as_compiled(remat):
         compiled.append(compiled_bytes(step.lower(state, frozen, batch).compile()))
         kept.append(nbytes((frozen, state.theta, state.opt_state, theta)))
     grown = residual[1] - residual[0]
-    if remat == "full":
-        assert grown == 8 * B * S * 64 * 4
+    if remat != "none":
+        assert grown == 8 * B * S * 64 * {"full": 4, "full-8bit": 1 + 4 / 64}[remat]
     measured = (compiled[1].total - compiled[0].total) - (kept[1] - kept[0])
     # Beside residuals, the optimizer's update holds a part of the gradients' size.
     assert abs(measured - grown) < 0.03 * grown + nbytes(theta) / 2
@@ -93,6 +93,16 @@ def test_residuals_count_arrays_once_and_weights_never():
     vector, matrix = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((4, 4), jnp.float32)
     # Kept: x @ w, the cosine, and y, once though it is used twice; w is kept too, but it was there before.
     assert report.residual_bytes(loss, vector, matrix, matrix) == 3 * 4 * 16
+
+
+def test_packed_residuals_count_as_they_are_stored_and_those_in_host_memory_not():
+    def kept(remat):
+        loss, theta, frozen, batch, _, _ = abstract_step(2, remat)
+        return report.residual_bytes(loss, theta, frozen, batch, jax.random.key(0))
+
+    inputs, rest = 2 * B * S * 64, kept("offload")
+    assert kept("full") - rest == 4 * inputs
+    assert kept("full-8bit") - rest == (1 + 4 / 64) * inputs
 
 
 def test_report_of_another_program_is_refused():

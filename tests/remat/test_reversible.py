@@ -11,24 +11,26 @@ from tests.remat.relative import relative_error
 D, B = 16, 8
 
 
-def problem(layers, dtype=jnp.float32, streams=None):
+def problem(layers, dtype=jnp.float32, dropout=False):
     keys = jax.random.split(jax.random.key(0), 6)
 
     def stack(key, i, o):
         return jax.random.normal(key, (layers, i, o), dtype) / i**0.5
 
     params = (
-        {"w": stack(keys[0], D, D), "number": jnp.arange(layers), "key": jax.random.split(keys[4], layers)},
+        {"w": stack(keys[0], D, D), "number": jnp.arange(layers)}
+        | ({"key": jax.random.split(keys[4], layers)} if dropout else {}),
         {"up": stack(keys[1], D, 2 * D), "down": stack(keys[2], 2 * D, D)},
     )
-    return params, *jax.random.normal(keys[3], (2, B, D), streams or dtype), jax.random.normal(keys[5], (D,), dtype)
+    return params, *jax.random.normal(keys[3], (2, B, D), dtype), jax.random.normal(keys[5], (D,), dtype)
 
 
 def branches(shared):
     def F(p, x):
-        keep = jax.random.bernoulli(p["key"], 0.8, x.shape)  # dropout: the same mask when run again
         y = jnp.tanh(x.astype(shared.dtype) @ p["w"] + shared) * jnp.where(p["number"] == 1, 0.5, 1.0)
-        return jnp.where(keep, y, 0).astype(x.dtype)
+        if "key" in p:
+            y = jnp.where(jax.random.bernoulli(p["key"], 0.8, x.shape), y, 0)  # the same mask when run again
+        return y.astype(x.dtype)
 
     def G(p, x):
         return (jax.nn.gelu(x.astype(shared.dtype) @ p["up"]) @ p["down"] * shared).astype(x.dtype)
@@ -42,7 +44,7 @@ def plain(F, G, params, x1, x2):
 
 
 def split(params):
-    ints = {name: params[0][name] for name in ("number", "key")}
+    ints = {name: leaf for name, leaf in params[0].items() if name != "w"}
     return ({"w": params[0]["w"]}, params[1]), ints
 
 
@@ -56,7 +58,7 @@ def loss(scan, ints):
 
 
 def test_gradients_of_params_streams_and_closures_equal_plain_ones():
-    params, x1, x2, shared = problem(5)
+    params, x1, x2, shared = problem(5, dropout=True)
     floats, ints = split(params)
     expected = jax.jit(jax.value_and_grad(loss(plain, ints), (0, 1, 2, 3)))(floats, x1, x2, shared)
     got = jax.jit(jax.value_and_grad(loss(mj.remat.reversible_scan, ints), (0, 1, 2, 3)))(floats, x1, x2, shared)
@@ -86,7 +88,7 @@ def temporaries(scan, layers):
 def test_nothing_is_kept_per_layer():
     stream = 32 * B * D * 4
     grown = {scan: temporaries(scan, 12) - temporaries(scan, 6) for scan in (plain, mj.remat.reversible_scan)}
-    assert grown[mj.remat.reversible_scan] <= 6 * 64  # keys and numbers of the layers
+    assert grown[mj.remat.reversible_scan] <= 6 * 64  # numbers of the layers
     assert grown[plain] > 6 * 4 * stream
 
 
@@ -100,11 +102,11 @@ def test_drift_of_the_recovered_inputs():
         return jax.jit(jax.grad(loss(scan, ints)))(*args)
 
     exact = gradient(plain, jnp.float32, jnp.float32)
-    wide = relative_error(gradient(mj.remat.reversible_scan, jnp.float32, jnp.float32), exact)
-    half = relative_error(gradient(mj.remat.reversible_scan, jnp.bfloat16, jnp.bfloat16), exact)
-    plain_half = relative_error(gradient(plain, jnp.bfloat16, jnp.bfloat16), exact)
-    assert wide < 1e-5
-    assert 0.1 < plain_half < 0.2 < half < 0.5
+    undone = mj.remat.reversible_scan
+    assert relative_error(gradient(undone, jnp.float32, jnp.float32), exact) < 2e-5
+    wide, half = (relative_error(gradient(undone, jnp.bfloat16, s), exact) for s in (jnp.float32, jnp.bfloat16))
+    assert 0.05 < wide < 0.09  # that of the branches, as without reversing
+    assert 1.5 * wide < half < 3 * wide
 
 
 def test_under_vmap_and_shard_map():

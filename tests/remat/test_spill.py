@@ -87,6 +87,20 @@ def test_bytes_on_disk_are_those_of_the_residuals_and_files_go_when_read(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_casts_of_weights_are_not_written_and_a_policy_packs_the_rest(tmp_path):
+    def cast(p, x):
+        return jnp.sin(x.astype(jnp.bfloat16) @ p["in"].astype(jnp.bfloat16))
+
+    policy = mj.remat.ResidualPolicy(8, 32, inputs="**", min_size=1)
+    with mj.remat.SpillStore(tmp_path) as store:
+        for given, expected in ((None, 2 * 2 * X.size), (policy, 2 * X.size * (1 + 4 / 32))):  # x and the cosine
+            before = store.stats.written_bytes
+            _, pull = jax.vjp(lambda *args, p=given: mj.remat.spill(cast, store, p, min_bytes=1)(*args), layers()[0], X)
+            wait_for_writes(store)
+            assert store.stats.written_bytes - before == expected
+            pull(jnp.ones((T, D), jnp.bfloat16))
+
+
 def test_what_is_wanted_before_it_is_written_is_forwarded(tmp_path, monkeypatch):
     go, started = threading.Event(), threading.Event()
     write = mj.remat.SpillStore._write
