@@ -38,20 +38,16 @@ from memjax.recipes.train import init_state, make_step
 SEEDS = (0, 1, 2)
 
 
-def packed(bits: Any, **options: Any) -> mj.remat.ResidualPolicy:
-    """Returns the policy that packs all residuals, a block's input in 8 bits."""
-    return mj.remat.ResidualPolicy(bits, inputs="**", **options)
-
-
 POLICIES: dict[str, Any] = {
     "exact": "none",
-    "8 bits": packed(8),
-    "4 bits": packed(4),
-    "4 bits, stochastic": packed(4, rounding="stochastic"),
-    "2 bits": packed(2),
-    "2 bits, stochastic": packed(2, rounding="stochastic"),
-    "full from 8 bits": mj.remat.quantized(8),
-    "full from 4 bits": mj.remat.quantized(4),
+    "8 bits": "8bit",
+    "4 bits": "4bit",
+    "4 bits, stochastic": dataclasses.replace(mj.remat.parse("4bit").store, rounding="stochastic"),
+    "2 bits": "2bit",
+    "2 bits, stochastic": dataclasses.replace(mj.remat.parse("2bit").store, rounding="stochastic"),
+    "linear layers in 4 bits": "linear-4bit",
+    "full from 8 bits": "full-8bit",
+    "full from 4 bits": "full-4bit",
 }
 
 
@@ -79,7 +75,7 @@ class Task:
         """Returns the loss ``(theta, frozen, batch, key) -> (sum, count)``."""
 
         def nll(params: Any, batch: Windows) -> tuple[jax.Array, jax.Array]:
-            hidden = self.model.hidden(params, batch.inputs, remat=remat, attention="xla")
+            hidden = self.model.hidden(params, batch.inputs, remat=remat)
             weight, axis = self.model.head(params)
             total = mj.ops.linear_cross_entropy(
                 hidden, weight, batch.targets, weights=batch.weights, w_axis=axis, reduction="sum"

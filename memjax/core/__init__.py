@@ -1,6 +1,7 @@
 """What every room shares: paths and patterns, roles, the weight-view protocol, lift rules, bytes, random bits."""
 
 from memjax.core.bytes import CompiledBytes, compiled_bytes, nbytes
+from memjax.core.packing import packing
 from memjax.core.paths import leaf_paths, map_with_path, match, select
 from memjax.core.random_bits import random_bits, uniform
 from memjax.core.roles import combine, partition
@@ -21,6 +22,7 @@ __all__ = [
     "materialize",
     "nbytes",
     "operation",
+    "packing",
     "partition",
     "random_bits",
     "register_rule",

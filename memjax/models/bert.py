@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from memjax.models.layers import (
     Attention as AttentionName,
@@ -20,6 +21,7 @@ from memjax.models.layers import (
     Embedding,
     Linear,
     Source,
+    again_if_packed,
     attend,
     prefix_length,
     replace_prefix,
@@ -97,7 +99,11 @@ class Attention(nnx.Module):
             projection(x).reshape(*x.shape[:2], self.num_heads, -1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(attend(q, k, v, mask=mask, implementation=implementation))
+
+        def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return self.o_proj(attend(q, k, v, mask=mask, implementation=implementation))
+
+        return again_if_packed(attended)(checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v"))
 
 
 class MLP(nnx.Module):
@@ -108,7 +114,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(gelu(self.up_proj(x)))
+        return again_if_packed(lambda up: self.down_proj(gelu(up)))(self.up_proj(x))
 
 
 class Block(nnx.Module):
@@ -121,8 +127,8 @@ class Block(nnx.Module):
         self.output_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: AttentionName | None) -> jax.Array:
-        x = self.attention_norm(x + self.self_attn(x, mask, implementation))
-        return self.output_norm(x + self.mlp(x))
+        x = self.attention_norm(checkpoint_name(x + self.self_attn(x, mask, implementation), "block_middle"))
+        return self.output_norm(checkpoint_name(x + self.mlp(x), "block_middle"))
 
 
 class Embeddings(nnx.Module):

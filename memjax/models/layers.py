@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from memjax.adapters import prepend
+from memjax.core import packing
 from memjax.remat import Policy, Remat, checkpoint, parse
 
 Attention = Literal["xla", "cudnn"]
@@ -129,12 +130,21 @@ def attend(
             implementation=implementation,
         )
 
-    q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
     if implementation == "cudnn":
         out = join_heads(attention, q.shape[2])(q, k, v, mask)
     else:
         out = attention(q, k, v, mask).reshape(*q.shape[:2], -1)
     return checkpoint_name(out, "attn_out")
+
+
+def again_if_packed(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns ``fn``, which keeps nothing but its arguments where `memjax.remat` packs residuals.
+
+    For attention this is a matter of accuracy: a kernel's backward pass recovers the weights of a row from q, k and the
+    log-sum-exp; if these are decoded from codes, such weights do not sum to one, and the gradient is off by an
+    exponential of the codes' error. Computed again from the decoded q and k they do.
+    """
+    return jax.checkpoint(fn, prevent_cse=False) if packing.value else fn
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])

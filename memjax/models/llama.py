@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from memjax.models.layers import (
     Attention as AttentionName,
@@ -23,6 +24,7 @@ from memjax.models.layers import (
     Embedding,
     Linear,
     Source,
+    again_if_packed,
     attend,
     prefix_length,
     replace_prefix,
@@ -190,7 +192,8 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rope(q, angles), rope(k, angles), v
+        q, k = rope(q, angles), rope(k, angles)
+        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
 
 
 class MLP(nnx.Module):
@@ -219,7 +222,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, angles: jax.Array, attention: Any) -> jax.Array:
         """Args: ``x [B, S, D]``; ``angles [B or 1, S, Dh/2]``; ``attention(q, k, v) -> [B, S, H * Dh]``."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
-        x = x + self.self_attn.o_proj(attention(q, k, v))
+        x = x + again_if_packed(lambda *qkv: self.self_attn.o_proj(attention(*qkv)))(q, k, v)
+        x = checkpoint_name(x, "block_middle")
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

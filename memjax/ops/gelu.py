@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.core import packing
 from memjax.ops.once import once
 from memjax.ops.packing import pack_codes, unpack_codes
 
@@ -28,7 +29,7 @@ DEGREE = 16
 """Of the series; errors are below 2e-5 on the right and 2e-6 on the left."""
 
 
-def gelu(x: jax.Array, *, approximate: bool = False, residual: Residual = "output") -> jax.Array:
+def gelu(x: jax.Array, *, approximate: bool = False, residual: Residual | None = None) -> jax.Array:
     """Returns GELU(x).
 
     With residual="output" the error of the derivative is that of the rounded output: at most 1e-4 in float32, 0.022 in
@@ -38,7 +39,8 @@ def gelu(x: jax.Array, *, approximate: bool = False, residual: Residual = "outpu
       x: float ``[...]``, of one axis or more.
       approximate: the tanh form.
       residual: what backward is given: "output" keeps the result, so that an operation that keeps it too shares it,
-        and one bit per element; "input" keeps ``x`` and is exact.
+        and one bit per element; "input" keeps ``x`` and is exact. None: "output", but "input" where `memjax.remat`
+        packs residuals.
 
     Returns:
       ``[...]`` in the dtype of ``x``; values and gradients are computed in float32.
@@ -49,12 +51,14 @@ def gelu(x: jax.Array, *, approximate: bool = False, residual: Residual = "outpu
     return _checked("gelu_tanh" if approximate else "gelu", x, residual)
 
 
-def silu(x: jax.Array, *, residual: Residual = "output") -> jax.Array:
+def silu(x: jax.Array, *, residual: Residual | None = None) -> jax.Array:
     """Returns ``x * sigmoid(x)``; as `gelu`, with its minimum at x = -1.28."""
     return _checked("silu", x, residual)
 
 
-def _checked(name: str, x: jax.Array, residual: Residual) -> jax.Array:
+def _checked(name: str, x: jax.Array, residual: Residual | None) -> jax.Array:
+    if residual is None:
+        residual = "input" if packing.value else "output"
     if residual not in ("output", "input"):
         raise ValueError(f"residual must be 'output' or 'input', got {residual!r}")
     if x.ndim == 0:

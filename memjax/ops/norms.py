@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.codecs import Codec
-from memjax.core import operation, register_rule
+from memjax.core import operation, packing, register_rule
 from memjax.core.jaxpr_compat import vary_like
 from memjax.ops.once import once
 
@@ -42,7 +42,8 @@ def rms_norm(
       residual: what backward is given of the normalised value. "output": the result itself, so that an operation that
         keeps it too shares it; gradients are then as exact as the result's dtype: the relative error of a normalised
         element is 2**-9 in bfloat16. A gain below 2**-64 is taken for 2**-64. "input": ``x``. A codec: codes of the
-        normalised value, in groups along D. None: "output", but "input" for float16, whose range is too small.
+        normalised value, in groups along D. None: "output", but "input" for float16, whose range is too small,
+        and where `memjax.remat` packs residuals: dividing by a small gain would blow up the error of codes.
 
     Returns:
       ``[..., D]`` in the dtype of ``x``; statistics and gradients are computed in float32.
@@ -100,7 +101,7 @@ def _check(x: jax.Array, residual: Residual | None, **vectors: jax.Array) -> Res
         if vector.shape != x.shape[-1:]:
             raise ValueError(f"{name} must be [D] for x [..., D], got {vector.shape} for {x.shape}")
     if residual is None:
-        return "input" if x.dtype == jnp.float16 else "output"
+        return "input" if x.dtype == jnp.float16 or packing.value else "output"
     if residual == "output" and x.dtype == jnp.float16:
         raise ValueError("residual='output' needs the exponents of bfloat16 or float32; use 'input' for float16")
     if residual not in ("output", "input") and not isinstance(residual, Codec):

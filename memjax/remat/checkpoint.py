@@ -19,6 +19,7 @@ from memjax.core.jaxpr_compat import Jaxpr
 from memjax.remat.compress import Seed, compress_residuals
 from memjax.remat.offload import Offload, offload
 from memjax.remat.policy import Bits, ResidualPolicy
+from memjax.remat.residuals import Residual
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,16 @@ def quantized(bits: Bits = 8, *, group: int = 128, rounding: Literal["nearest", 
     return Remat("full", ResidualPolicy(bits, group, rounding, inputs="**", input_bits=bits))
 
 
+def softmax_and_norms_in_8_bits(residual: Residual) -> int | None:
+    """Returns the bits of tensors whose errors are amplified: queries, keys, and the input of a block's second norm.
+
+    For ``per_leaf`` of a `ResidualPolicy`: it goes by the names that memjax's models give these tensors.
+    """
+    return 8 if residual.name.partition("#")[0] in ("q", "k", "block_middle") else None
+
+
 def _packed(bits: Bits, again: Any = "none", **options: Any) -> Remat:
-    return Remat(again, ResidualPolicy(bits, inputs="**", **options))
+    return Remat(again, ResidualPolicy(bits, inputs="**", per_leaf=softmax_and_norms_in_8_bits, **options))
 
 
 NAMED: dict[str, tuple[Remat, str]] = {
@@ -107,8 +116,8 @@ NAMED: dict[str, tuple[Remat, str]] = {
     "dots": (Remat("dots"), "the input and products of dense matrices; all else is computed again"),
     "linear": (Remat(names("linear_out")), "the input and what linear layers give; all else is computed again"),
     "8bit": (_packed(8), "all residuals, in 8 bits"),
-    "4bit": (_packed(4), "all residuals in 4 bits, the block's input in 8"),
-    "2bit": (_packed(2), "all residuals in 2 bits, the block's input in 8"),
+    "4bit": (_packed(4), "all residuals in 4 bits; q, k and what norms take in 8"),
+    "2bit": (_packed(2), "all residuals in 2 bits; q, k and what norms take in 8"),
     "linear-8bit": (_packed(8, names("linear_out")), "the input and what linear layers give, in 8 bits"),
     "linear-4bit": (_packed(4, names("linear_out")), "what linear layers give in 4 bits, the block's input in 8"),
     "full-8bit": (quantized(8), "the block's input, in 8 bits"),

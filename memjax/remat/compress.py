@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from memjax.codecs import Codec, Packed, pack, unpack
-from memjax.core import jaxpr_compat
+from memjax.core import jaxpr_compat, packing
 from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
 from memjax.core.paths import match, path_name
 from memjax.core.random_bits import seed_words
@@ -78,7 +78,7 @@ def compress_residuals(
 
     @functools.wraps(f)
     def compressed(*args: Any, **kwargs: Any) -> Any:
-        call = flatten_call(f, args, kwargs, params, policy.inputs)
+        call = flatten_call(told_of_packing(f, policy), args, kwargs, params, policy.inputs)
         settings = Settings(policy, call.roles, seed if isinstance(seed, int) else 0, prevent_cse)
         words = () if isinstance(seed, int) else seed_words(seed(*args, **kwargs))
         outputs = _transform(call.fn, settings)(*words, *call.values)
@@ -86,6 +86,17 @@ def compress_residuals(
 
     _compressed[compressed] = f, policy, params
     return compressed
+
+
+def told_of_packing(f: Callable[..., Any], policy: ResidualPolicy | None) -> Callable[..., Any]:
+    """Returns ``f`` such that operations in it see whether their residuals are packed; see `memjax.core.packing`."""
+    packs = policy is not None and policy.packs
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        with packing(packs):
+            return f(*args, **kwargs)
+
+    return told
 
 
 def parts_of(f: Callable[..., Any]) -> tuple[Callable[..., Any], ResidualPolicy, tuple[int | str, ...]] | None:

@@ -82,6 +82,11 @@ class ResidualPolicy:
             if not isinstance(pattern, int | str):
                 raise ValueError(f"inputs must be argument numbers and patterns of paths, got {pattern!r}")
 
+    @property
+    def packs(self) -> bool:
+        """Whether any array may be stored as codes."""
+        return self.bits != 32 or self.per_leaf is not None or bool(self.inputs and self.input_bits != 32)
+
     def codec(self, residual: Residual, total_bytes: int) -> Codec | None:
         """Returns the codec of an activation, or None to keep it as it is.
 

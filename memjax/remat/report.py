@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from memjax.core.jaxpr_compat import Literal
-from memjax.remat.compress import Row, flatten_call, hoist, make_plan, named, parts_of
+from memjax.remat.compress import Row, flatten_call, hoist, make_plan, named, parts_of, told_of_packing
 from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Level, Linearized, Origins, Role, evaluate_levels, linearize
 
@@ -72,7 +72,7 @@ def report(
         f, own_policy, params = parts
         policy = own_policy if policy is None else policy
     params = (params,) if isinstance(params, int | str) else tuple(params)
-    call = flatten_call(f, args, {}, params, () if policy is None else policy.inputs)
+    call = flatten_call(told_of_packing(f, policy), args, {}, params, () if policy is None else policy.inputs)
     chosen = [True] * len(call.roles)
     if wrt is not None:
         entries = (wrt,) if isinstance(wrt, int | str) else wrt

@@ -371,7 +371,9 @@ def _checkpoint(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     if eqn.params["differentiated"]:  # an inner gradient recomputes here; XLA must not merge that with the original
         barred = iter(lax.optimization_barrier([v for v, bar in zip(values, prevent_cse) if bar]))
         values = [next(barred) if bar else v for v, bar in zip(values, prevent_cse)]
-    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=prevent_cse)(*values)
+    # jax loses count of a tuple where the gradient rule of an equation brings constants of its own
+    uniform = all(prevent_cse) if len(set(prevent_cse)) == 1 else prevent_cse
+    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=uniform)(*values)
 
 
 def _cond(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:

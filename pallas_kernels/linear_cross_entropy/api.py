@@ -106,8 +106,10 @@ def unsupported(x: Any, w: Any, *, w_axis: int = 0) -> list[str]:
         reasons.append(f"x is {x.dtype} and w is {w.dtype}; the kernels read two bfloat16 or two float16 arrays")
     if x.shape[1] % kernel.DEPTH:
         reasons.append(f"D is {x.shape[1]}, which is no multiple of {kernel.DEPTH}")
-    if w_axis == 0 and w.shape[1] % 8:
-        reasons.append(f"w is [D, V] with V = {w.shape[1]}, whose rows do not start at multiples of 16 bytes")
+    multiple = 8 if w_axis else 64
+    if w.shape[1 - w_axis] % multiple:
+        layout = "[V, D]" if w_axis else "[D, V]"
+        reasons.append(f"w is {layout} with V = {w.shape[1 - w_axis]}, which is no multiple of {multiple}")
     return reasons
 
 
@@ -212,7 +214,7 @@ def lse_and_target(
 
     Args:
       x: bfloat16 or float16 ``[T, D]``, D a multiple of 64; the reference takes any float.
-      w: the same dtype, ``[D, V]`` (``w_axis=0``, V a multiple of 8) or ``[V, D]`` (``w_axis=1``).
+      w: the same dtype, ``[D, V]`` (``w_axis=0``, V a multiple of 64) or ``[V, D]`` (``w_axis=1``, of 8).
       labels: int32 ``[T]``; one that is no column, such as -100, has target 0.
       bias: float ``[V]`` or None.
       softcap: cap of the logits or None.

@@ -108,7 +108,7 @@ def product(
 
     Args:
       x: 16-bit float ``[T, D]``, D a multiple of 64.
-      w: the same dtype, ``[D, V]`` with V a multiple of 8 (``w_axis=0``) or ``[V, D]`` (``w_axis=1``).
+      w: the same dtype, ``[D, V]`` with V a multiple of 64 (``w_axis=0``) or ``[V, D]`` of 8 (``w_axis=1``).
       per_row: ``[T]`` arrays of 32-bit numbers.
       bias: float32 ``[V]`` or None.
       finish: ``(z, first, per_row, bias) -> Tile``: the products ``[rows, columns]``, the number of their first
@@ -132,10 +132,11 @@ def product(
     rounded = m_tiles * config.block_rows
     parts = n_tiles * config.block_columns // config.columns
     per_row = [_pad(value, 0, rounded) for value in per_row]
-    width = padded(columns, 8)
+    width = padded(columns, 64)
     if bias is not None:
         bias = _pad(bias, 0, bias.shape[0] + config.block_columns)
-    if interpret:  # the copy engine leaves out what lies beyond an array
+    x = _pad(x, 0, padded(tokens, 8))  # the copy engine takes whole tiles of 8 rows and 64 columns
+    if interpret:  # and leaves out what lies beyond an array
         x = _pad(x, 0, rounded)
         w = _pad(w, 1 - w_axis, padded(w.shape[1 - w_axis], config.block_columns))
         width = n_tiles * config.block_columns
@@ -152,7 +153,7 @@ def product(
     if numbers:
         outputs.append(jax.ShapeDtypeStruct((parts, numbers, rounded), jnp.float32))
     if dense:
-        outputs.append(jax.ShapeDtypeStruct((rounded if interpret else tokens, width), x.dtype))
+        outputs.append(jax.ShapeDtypeStruct((rounded if interpret else padded(tokens, 8), width), x.dtype))
 
     def body(*refs: Any) -> None:
         remaining = iter(refs)
