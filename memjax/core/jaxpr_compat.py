@@ -12,6 +12,7 @@ from jax._src import source_info_util
 from jax._src.ad_util import SymbolicZero, Zero
 from jax._src.core import trace_ctx
 from jax._src.interpreters import partial_eval
+from jax._src.interpreters.ad import instantiate_zeros
 from jax._src.named_sharding import UNSPECIFIED
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
@@ -219,9 +220,9 @@ def primal_of(jaxpr: Jaxpr) -> Callable[..., list[Any]] | None:
     return primal
 
 
-def symbolic_zero(x: Any) -> Any:
-    """Returns a cotangent of a custom_vjp rule, symbolic zeros too, in the form that a vjp function takes."""
-    return Zero(x.aval) if isinstance(x, SymbolicZero) else x
+def instantiate(x: Any) -> Any:
+    """Returns the cotangent that a custom_vjp rule got as an array; symbolic zeros become zeros."""
+    return instantiate_zeros(Zero(x.aval)) if isinstance(x, SymbolicZero) else x
 
 
 def scan_parts(eqn: JaxprEqn) -> Loop:

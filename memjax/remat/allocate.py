@@ -22,7 +22,7 @@ from jax import lax
 
 from memjax.codecs import Codec
 from memjax.core import jaxpr_compat
-from memjax.remat.compress import Plan, flatten_call, hoist, make_plan, named
+from memjax.remat.compress import Plan, flatten_call, gradients, hoist, make_plan, named
 from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Residual, linearize
 
@@ -94,9 +94,8 @@ def allocate(
         chosen = named("wrt", entries, [role.label for role in call.roles], len(args))
     body, roles, values = hoist(call)
     chosen = [False] * (len(roles) - len(chosen)) + chosen
-    perturbed = [use and jnp.issubdtype(x.dtype, jnp.inexact) for use, x in zip(chosen, values)]
-    linearized = linearize(body, values, perturbed)
-    packed = {row.residual.name for row in make_plan(linearized, roles, base).rows if _is_packed(row.action)}
+    linearized = linearize(body, values)
+    packed = {row.residual.name for row in make_plan(linearized, roles, base).rows(chosen) if _is_packed(row.action)}
     if not packed:
         raise ValueError("of this function nothing is packed: all residuals are small, or kept by the policy")
 
@@ -114,11 +113,11 @@ def allocate(
     order = [name for name in order if name in packed]
     outputs = [v.aval for v in linearized.jaxpr.outvars[: linearized.n_outputs]]
     given = None if slopes is None else jax.tree.leaves(slopes)
-    errors = _errors(plan, values, _slopes(outputs) if given is None else given, len(order))
+    errors = _errors(plan, chosen, values, _slopes(outputs) if given is None else given, len(order))
     sensitivity = {name: float(error) * (2**_PROBE - 1) for name, error in zip(order, errors)}
 
     def stored(bits: Mapping[str, int]) -> int:
-        return sum(row.stored_bytes for row in plan_at(bits).rows)
+        return sum(row.stored_bytes for row in plan_at(bits).rows(chosen))
 
     lowest = dict.fromkeys(order, min(choices))
     least = stored(lowest)
@@ -186,21 +185,20 @@ def _slopes(outputs: Sequence[Any]) -> list[Any]:
     return slopes
 
 
-def _errors(plan: Plan, values: Sequence[Any], slopes: Sequence[Any], count: int) -> np.ndarray:
+def _errors(plan: Plan, chosen: Sequence[bool], values: Sequence[Any], slopes: Sequence[Any], count: int) -> np.ndarray:
     """Returns the relative error of the gradients when one packed array alone is packed, for each of them."""
-    jaxpr = plan.linearized.jaxpr
+    jaxpr, choice = plan.linearized.jaxpr, plan.choices[plan.choose(chosen)]
+    cotangents = [slope for slope in slopes if slope.dtype != jax.dtypes.float0]
     coded = [(v, how) for v, how in plan.stored if isinstance(how, Codec)]
     assert len(coded) == count
 
     @jax.jit
-    def gradients(which: jax.Array, values: Sequence[Any]) -> Any:
+    def gradients_at(which: jax.Array, values: Sequence[Any]) -> Any:
         env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr))) | dict(zip(jaxpr.invars, values))
         jaxpr_compat.run(plan.forward, env)
         for i, (v, codec) in enumerate(coded):
             env[v] = lax.cond(which == i, lambda x, codec=codec: codec.encode(x, -1).decode(), lambda x: x, env[v])
-        jaxpr_compat.run(plan.backward, env)
-        leaves = [atom.val if isinstance(atom, jaxpr_compat.Literal) else env[atom] for atom in plan.linearized.leaves]
-        return jax.tree.unflatten(plan.linearized.tree, leaves)(list(slopes))
+        return [grad for grad in gradients(plan, choice, env, cotangents) if grad is not None]
 
     @jax.jit
     def error(got: Any, exact: Any) -> tuple[jax.Array, jax.Array]:
@@ -209,8 +207,8 @@ def _errors(plan: Plan, values: Sequence[Any], slopes: Sequence[Any], count: int
             [jnp.sum(b**2) for _, b in wide]
         ).sum()
 
-    exact = gradients(jnp.int32(-1), values)
-    parts = [error(gradients(jnp.int32(i), values), exact) for i in range(count)]
+    exact = gradients_at(jnp.int32(-1), values)
+    parts = [error(gradients_at(jnp.int32(i), values), exact) for i in range(count)]
     off, whole = np.asarray(parts, np.float64).T
     if not np.all(whole > 0):
         raise ValueError(

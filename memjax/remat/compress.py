@@ -211,8 +211,7 @@ def _transform(fn: Callable[..., Any], settings: Settings) -> Callable[..., list
         body, all_roles, arrays = hoist(Call(flat_fn, leaves, tuple(roles), lambda: None))
         flat = dataclasses.replace(settings, roles=all_roles, takes_seeds=True)
         if settings.policy.has_patterns:
-            everything = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
-            rows = make_plan(linearize(body, arrays, everything), all_roles, settings.policy).rows
+            rows = make_plan(linearize(body, arrays), all_roles, settings.policy).rows()
             settings.policy.check_names([row.residual.name for row in rows])
         custom = _custom(body, flat, len(seeds))
         if jaxpr_compat.is_staging():  # only then can lift meet it; by itself a jit would compile at every call
@@ -234,19 +233,17 @@ def _custom(body: Jaxpr, settings: Settings, n_seeds: int) -> Callable[..., list
     def evaluate(*values: Any) -> list[Any]:
         return jaxpr_compat.evaluate(body, values[n_seeds:])
 
-    def forward(*primals: Any) -> Any:
-        values = [p.value for p in primals]
-        perturbed = tuple(p.perturbed and jnp.issubdtype(p.value.dtype, jnp.inexact) for p in primals)
-        seeds, values, perturbed = values[:n_seeds], values[n_seeds:], perturbed[n_seeds:]
-        key = perturbed, tuple(map(jax.typeof, values))
-        if key not in plans:
-            plans[key] = make_plan(linearize(body, values, perturbed), settings.roles, settings.policy)
-        outputs, stored = _forward(plans[key], settings, values, seeds)
-        return outputs, Saved(stored, [values[i] for i in plans[key].arguments], plans[key], perturbed)
+    def forward(*primals: Any) -> tuple[list[Any], Saved]:
+        seeds, values = ([p.value for p in part] for part in (primals[:n_seeds], primals[n_seeds:]))
+        types = tuple(map(jax.typeof, values))
+        if types not in plans:
+            plans[types] = make_plan(linearize(body, values), settings.roles, settings.policy)
+        perturbed = [bool(p.perturbed and jnp.issubdtype(p.value.dtype, jnp.inexact)) for p in primals[n_seeds:]]
+        return _forward(plans[types], perturbed, settings, values, seeds)
 
     def backward(saved: Saved, cotangents: list[Any]) -> tuple[Any, ...]:
-        grads = iter(_backward(saved, [jaxpr_compat.symbolic_zero(ct) for ct in cotangents], settings.prevent_cse))
-        return (*[None] * n_seeds, *(next(grads) if p else None for p in saved.perturbed))
+        given = [jaxpr_compat.instantiate(ct) for ct in cotangents if ct.dtype != jax.dtypes.float0]
+        return (*[None] * n_seeds, *_backward(saved, given, settings.prevent_cse))
 
     evaluate.defvjp(forward, backward, symbolic_zeros=True)
     return evaluate
@@ -278,6 +275,24 @@ class Row(NamedTuple):
     stored_bytes: int
 
 
+class Choice(NamedTuple):
+    """What the gradients of some of the arguments take.
+
+    Attributes:
+      arguments: which arguments these are.
+      stored: which of the stored arrays they need.
+      by_reference: which of the arguments that are handed on they need.
+      backward: the equations of the function that compute what it kept again.
+      transpose: the equations of its transpose.
+    """
+
+    arguments: tuple[bool, ...]
+    stored: list[bool]
+    by_reference: list[bool]
+    backward: list[JaxprEqn]
+    transpose: list[JaxprEqn]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """How a linearized function keeps its residuals.
@@ -287,36 +302,67 @@ class Plan:
       stored: variables to store, each with its codec, a `Mask`, or None to keep it as it is.
       offloaded: which of them go to host memory.
       forward: the equations that compute the outputs and what is stored.
-      backward: the equations that compute the leaves of the vjp function from the arguments and what is stored.
-      arguments: numbers of the arguments that the backward needs.
-      rows: for the report.
+      by_reference: numbers of the arguments that are handed on as they are.
+      main: variable that is kept -> the variable that stands for it, itself or another of the same values.
+      described: variable that is kept, or stands for some -> its row.
+      choices: made so far by `choose`.
     """
 
     linearized: Linearized
     stored: list[tuple[Any, Codec | Mask | None]]
     offloaded: list[bool]
     forward: list[JaxprEqn]
-    backward: list[JaxprEqn]
-    arguments: list[int]
-    rows: list[Row]
+    by_reference: list[int]
+    main: dict[Any, Any]
+    described: dict[Any, Row]
+    choices: list[Choice]
+
+    def choose(self, arguments: Sequence[bool]) -> int:
+        """Returns the number in ``choices`` for the gradients of some arguments."""
+        for i, choice in enumerate(self.choices):
+            if choice.arguments == tuple(arguments):
+                return i
+        jaxpr, variables = self.linearized.jaxpr, [v for v, _ in self.stored]
+        leaves = self.linearized.leaves_for(arguments)
+        known = [*jaxpr.invars, *jaxpr.constvars, *variables]
+        backward, used = jaxpr_compat.needed(jaxpr.eqns, known, leaves)
+        stored = [v in used for v in variables]
+        by_reference = [jaxpr.invars[i] in used for i in self.by_reference]
+        transpose, _ = self.linearized.gradients_of(arguments)
+        self.choices.append(Choice(tuple(arguments), stored, by_reference, backward, transpose))
+        return len(self.choices) - 1
+
+    def rows(self, arguments: Sequence[bool] | None = None) -> list[Row]:
+        """Returns what is kept for the gradients of some arguments, by default of all."""
+        leaves = self.linearized.leaves_for(arguments or [True] * len(self.linearized.jaxpr.invars))
+        rows, seen = [], set()
+        for v in leaves:
+            main = self.main.get(v, v)
+            rows.append(self.described[v] if main in seen else self.described[main])
+            seen.add(main)
+        return rows
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("stored", "arguments"), meta_fields=("plan", "perturbed")
+    jax.tree_util.register_dataclass, data_fields=("stored", "arguments", "choice"), meta_fields=("plan",)
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Saved:
     """What forward hands to backward.
 
+    jax keeps the structure of residuals per call of a function, not per choice of the arguments that are
+    differentiated, so it is the same for all choices: what a choice does not need is cut to size zero.
+
     Attributes:
       stored: codes and arrays, as ``plan.stored`` says.
-      arguments: the arguments of the function that the backward needs.
+      arguments: those that ``plan.by_reference`` says.
+      choice: ``[0, n]`` for choice number n.
     """
 
     stored: list[Any]
     arguments: list[Any]
+    choice: jax.Array
     plan: Plan
-    perturbed: tuple[bool, ...]
 
 
 def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPolicy) -> Plan:
@@ -330,7 +376,8 @@ def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPol
             groups.setdefault(origins.root(v), []).append(v)
     total = sum(_nbytes(v.aval) for group in groups.values() for v in group)
 
-    rows: dict[Any, Row] = {}
+    main: dict[Any, Any] = {}
+    described: dict[Any, Row] = {}
     stored: list[tuple[Any, Any]] = []
     for root, members in groups.items():
         role, is_smaller = origins.role(root), root.aval.size < members[0].aval.size
@@ -343,27 +390,28 @@ def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPol
             how = policy.codec(residual, total) if role is None or role.encode else None
         if how is None and role is None and _nbytes(root.aval) < _nbytes(target.aval):
             target = root
+        for v in members:
+            main[v] = target
+            if v is not target:
+                described[v] = Row(origins.describe(v), "shared", 0)
         if role is None or role.encode:
             stored.append((target, how))
-            row = Row(residual, _action(how), _stored_bytes(how, target.aval))
+            described[target] = Row(residual, _action(how), _stored_bytes(how, target.aval))
         else:
-            row = Row(residual, "input", residual.nbytes)
-        for v in members:
-            rows[v] = row if v is members[0] else Row(origins.describe(v), "shared", 0)
+            described[target] = Row(residual, "input", residual.nbytes)
     for v in kept:
-        if v not in rows:
+        if v not in described:
             role = origins.role(v)
-            rows[v] = Row(origins.describe(v), "rebuilt" if role is None else role.kind, 0)
+            described[v] = Row(origins.describe(v), "rebuilt" if role is None else role.kind, 0)
 
     variables = [v for v, _ in stored]
+    known = [*jaxpr.invars, *jaxpr.constvars]
     outputs = [v for v in jaxpr.outvars[: linearized.n_outputs] if not isinstance(v, Literal)]
-    forward, _ = jaxpr_compat.needed(
-        jaxpr.eqns, [*jaxpr.invars, *jaxpr.constvars], [*outputs, *variables], effects=True
-    )
-    backward, used = jaxpr_compat.needed(jaxpr.eqns, [*jaxpr.invars, *jaxpr.constvars, *variables], kept)
-    arguments = [i for i, v in enumerate(jaxpr.invars) if v in used and v not in variables]
+    forward, _ = jaxpr_compat.needed(jaxpr.eqns, known, [*outputs, *variables], effects=True)
+    _, used = jaxpr_compat.needed(jaxpr.eqns, [*known, *variables], kept)
+    by_reference = [i for i, v in enumerate(jaxpr.invars) if v in used and v not in variables]
     offloaded = [policy.offload is not None and v.aval.size >= policy.min_size for v in variables]
-    return Plan(linearized, stored, offloaded, forward, backward, arguments, [rows[v] for v in kept])
+    return Plan(linearized, stored, offloaded, forward, by_reference, main, described, [])
 
 
 def _argument_level(role: Role, aval: Any) -> Level:
@@ -400,16 +448,18 @@ def _stored_bytes(how: Codec | Mask | None, aval: Any) -> int:
 
 
 def _forward(
-    plan: Plan, settings: Settings, values: Sequence[Any], seeds: Sequence[Any]
-) -> tuple[list[Any], list[Any]]:
-    jaxpr = plan.linearized.jaxpr
+    plan: Plan, perturbed: Sequence[bool], settings: Settings, values: Sequence[Any], seeds: Sequence[Any]
+) -> tuple[list[Any], Saved]:
+    jaxpr, number = plan.linearized.jaxpr, plan.choose(perturbed)
+    choice = plan.choices[number]
     env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr))) | dict(zip(jaxpr.invars, values))
     jaxpr_compat.run(plan.forward, env)
     outputs = [_read(env, atom) for atom in jaxpr.outvars[: plan.linearized.n_outputs]]
     stored = [_store(how, env[v], _key(settings, seeds, i, env[v])) for i, (v, how) in enumerate(plan.stored)]
+    stored = [x if use else _cut(x) for x, use in zip(stored, choice.stored)]
     # Without the barrier the originals may stay alive until backward, to be encoded there.
     forwarded = [any(output is value for value in values) for output in outputs]
-    coded = [how is not None for _, how in plan.stored]
+    coded = [how is not None and use for (_, how), use in zip(plan.stored, choice.stored)]
     if any(coded):
         fresh, codes = lax.optimization_barrier(
             ([x for x, same in zip(outputs, forwarded) if not same], [x for x, c in zip(stored, coded) if c])
@@ -417,35 +467,68 @@ def _forward(
         rest, packed = iter(fresh), iter(codes)
         outputs = [x if same else next(rest) for x, same in zip(outputs, forwarded)]
         stored = [next(packed) if c else x for x, c in zip(stored, coded)]
-    stored = [_move(x, jax.memory.Space.Host) if off else x for x, off in zip(stored, plan.offloaded)]
-    return outputs, stored
+    moved = [off and use for off, use in zip(plan.offloaded, choice.stored)]
+    stored = [_move(x, jax.memory.Space.Host) if m else x for x, m in zip(stored, moved)]
+    arguments = [values[i] if use else _cut(values[i]) for i, use in zip(plan.by_reference, choice.by_reference)]
+    return outputs, Saved(stored, arguments, lax.full((0, number), False), plan)
 
 
-def _backward(saved: Saved, cotangents: list[Any], prevent_cse: bool) -> Sequence[Any]:
+def _cut(tree: Any) -> Any:
+    """Cuts arrays to size zero, along an axis that a vmap or a scan outside did not add."""
+    return jax.tree.map(lambda x: lax.slice_in_dim(x, 0, 0, axis=x.ndim - 1) if x.ndim else x, tree)
+
+
+def _backward(saved: Saved, cotangents: list[Any], prevent_cse: bool) -> list[Any]:
     plan, jaxpr = saved.plan, saved.plan.linearized.jaxpr
+    choice = plan.choices[saved.choice.shape[-1]]
     env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr)))
-    env.update(zip([jaxpr.invars[i] for i in plan.arguments], saved.arguments))
+    for i, x, use in zip(plan.by_reference, saved.arguments, choice.by_reference):
+        if use:
+            env[jaxpr.invars[i]] = x
     if prevent_cse:
-        inputs = dict.fromkeys(v for eqn in plan.backward for v in eqn.invars if not isinstance(v, Literal))
+        inputs = dict.fromkeys(v for eqn in choice.backward for v in eqn.invars if not isinstance(v, Literal))
         read = [v for v in inputs if _is_numeric(env.get(v))]
-        numeric = [i for i, ct in enumerate(cotangents) if _is_numeric(ct)]
-        again, ordered = lax.optimization_barrier(([env[v] for v in read], [cotangents[i] for i in numeric]))
+        again, cotangents = lax.optimization_barrier(([env[v] for v in read], cotangents))
         env.update(zip(read, again))
-        for i, ct in zip(numeric, ordered):
-            cotangents[i] = ct
-    for (v, how), x, off in zip(plan.stored, saved.stored, plan.offloaded):
-        env[v] = _restore(how, _move(x, jax.memory.Space.Device) if off else x)
-    jaxpr_compat.run(plan.backward, env)
-    vjp = jax.tree.unflatten(plan.linearized.tree, [_read(env, atom) for atom in plan.linearized.leaves])
-    return vjp(cotangents)
+    for (v, how), x, off, use in zip(plan.stored, saved.stored, plan.offloaded, choice.stored):
+        if use:
+            env[v] = _restore(how, _move(x, jax.memory.Space.Device) if off else x)
+    return gradients(plan, choice, env, cotangents)
 
 
-def _is_numeric(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, np.number)
+def gradients(plan: Plan, choice: Choice, env: dict[Any, Any], cotangents: Sequence[Any]) -> list[Any]:
+    """Returns the gradient of every argument, None for those that were not chosen.
+
+    Args:
+      env: the arguments and what is stored, as far as the choice needs them, by variable of the function.
+      cotangents: of the floating-point outputs.
+    """
+    jaxpr_compat.run(choice.backward, env)
+    transpose = plan.linearized.transpose
+    inner = dict(zip(transpose.constvars, jaxpr_compat.consts_of(transpose)))
+    for v, atom in zip(transpose.invars, plan.linearized.leaves):
+        if isinstance(atom, Literal) or atom in env:
+            inner[v] = _read(env, atom)
+    inner.update(zip(transpose.invars[len(plan.linearized.leaves) :], cotangents))
+    jaxpr_compat.run(choice.transpose, inner)
+    found = iter(transpose.outvars)
+    grads = []
+    for v, chosen in zip(plan.linearized.jaxpr.invars, choice.arguments):
+        atom = next(found) if jnp.issubdtype(_aval_of(v).dtype, jnp.inexact) else None
+        grads.append(_read(inner, atom) if chosen else None)
+    return grads
+
+
+def _aval_of(v: Any) -> Any:
+    return v.aval
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def _is_numeric(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, np.number)
 
 
 def _key(settings: Settings, seeds: Sequence[Any], leaf: int, x: Any) -> Any:

@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
-from memjax.core.jaxpr_compat import Literal
 from memjax.remat.compress import Row, flatten_call, hoist, make_plan, named, parts_of, told_of_packing
 from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Level, Linearized, Origins, Role, evaluate_levels, linearize
@@ -79,20 +76,22 @@ def report(
         chosen = named("wrt", entries, [role.label for role in call.roles], len(args))
     body, roles, values = hoist(call)
     chosen = [False] * (len(roles) - len(chosen)) + chosen
-    perturbed = [use and jnp.issubdtype(x.dtype, jnp.inexact) for use, x in zip(chosen, values)]
-    linearized = linearize(body, values, perturbed)
-    rows = plain_rows(linearized, roles) if policy is None else make_plan(linearized, roles, policy).rows
+    linearized = linearize(body, values)
+    if policy is None:
+        rows = plain_rows(linearized, roles, chosen)
+    else:
+        rows = make_plan(linearized, roles, policy).rows(chosen)
     return Report(tuple(rows))
 
 
-def plain_rows(linearized: Linearized, roles: Sequence[Role]) -> list[Row]:
+def plain_rows(linearized: Linearized, roles: Sequence[Role], chosen: Sequence[bool]) -> list[Row]:
     """Returns the rows of a function that jax differentiates by itself."""
     origins = Origins(linearized.jaxpr, roles)
     # A scan keeps one copy for all steps of what depends on nothing that differs between them.
     same = [Level.PARAM if role.kind == "captured" else Level.DATA for role in roles]
     levels = evaluate_levels(linearized.jaxpr, same)
     rows = []
-    for v in dict.fromkeys(v for v in linearized.leaves if not isinstance(v, Literal)):
+    for v in linearized.leaves_for(chosen):
         residual, role = origins.describe(v), origins.role(v)
         action = "kept" if levels[v] == Level.DATA else "invariant"
         action = action if role is None else str(role.kind)

@@ -150,42 +150,67 @@ def _output_levels(eqn: JaxprEqn, inputs: list[Level]) -> list[Level]:
 
 
 class Linearized(NamedTuple):
-    """A function's forward pass for reverse mode.
+    """A function's forward pass for reverse mode and what remains to be done backward.
 
     Attributes:
-      jaxpr: flat arguments -> outputs, then the leaves of the vjp function; nested jits are in line.
+      jaxpr: flat arguments -> outputs, then what is kept; nested jits are in line.
       n_outputs: how many outputs come first.
-      tree: structure of the vjp function.
+      transpose: what is kept, then cotangents of floating-point outputs -> gradients of floating-point arguments.
     """
 
     jaxpr: Jaxpr
     n_outputs: int
-    tree: Any
+    transpose: Jaxpr
 
     @property
     def leaves(self) -> list[Any]:
-        """The variables and constants that reverse mode keeps."""
+        """The variables and constants that are kept."""
         return self.jaxpr.outvars[self.n_outputs :]
 
+    def gradients_of(self, arguments: Sequence[bool]) -> tuple[list[JaxprEqn], set[Any]]:
+        """Returns the equations of ``transpose`` that the gradients of some arguments take, and the inputs they use."""
+        floating = [_is_floating(v) for v in self.jaxpr.invars]
+        chosen = [a for a, f in zip(arguments, floating) if f]
+        wanted = [v for v, c in zip(self.transpose.outvars, chosen) if c and not isinstance(v, Constant)]
+        known = [*self.transpose.invars, *self.transpose.constvars]
+        return jaxpr_compat.needed(self.transpose.eqns, known, wanted)
 
-def linearize(jaxpr: Jaxpr, values: Sequence[Any], perturbed: Sequence[bool]) -> Linearized:
-    """Traces ``jax.vjp`` of a jaxpr at ``values``, with respect to the perturbed ones."""
+    def leaves_for(self, arguments: Sequence[bool]) -> list[Any]:
+        """Returns the variables of ``leaves`` that the gradients of some arguments take."""
+        used = self.gradients_of(arguments)[1]
+        pairs = zip(self.leaves, self.transpose.invars)
+        return list(dict.fromkeys(v for v, inner in pairs if inner in used and not isinstance(v, Constant)))
+
+
+def linearize(jaxpr: Jaxpr, values: Sequence[Any]) -> Linearized:
+    """Traces reverse mode of a jaxpr at ``values``, with respect to all that are floating point."""
+    floating = [bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in values]
     seen: list[Any] = []
 
     def forward(*values: Any) -> list[Any]:
         def of(*variables: Any) -> list[Any]:
             rest = iter(variables)
-            return jaxpr_compat.evaluate(jaxpr, [next(rest) if p else v for v, p in zip(values, perturbed)])
+            return jaxpr_compat.evaluate(jaxpr, [next(rest) if f else v for v, f in zip(values, floating)])
 
-        outputs, vjp = jax.vjp(of, *(v for v, p in zip(values, perturbed) if p))
+        outputs, vjp = jax.vjp(of, *(v for v, f in zip(values, floating) if f))
         leaves, tree = jax.tree.flatten(vjp)
-        seen.append((len(outputs), tree))
+
+        def backward(leaves: list[Any], cotangents: list[Any]) -> Any:
+            given = iter(cotangents)
+            full = [next(given) if _is_floating(y) else np.zeros(y.shape, jax.dtypes.float0) for y in outputs]
+            return jax.tree.unflatten(tree, leaves)(full)
+
+        seen.append((len(outputs), jax.make_jaxpr(backward)(leaves, [y for y in outputs if _is_floating(y)])))
         return [*outputs, *leaves]
 
     traced = jax.make_jaxpr(forward)(*values)
     if any(map(jaxpr_compat.is_call, traced.eqns)):
         traced = jax.make_jaxpr(lambda *values: jaxpr_compat.inline(traced, values))(*values)
     return Linearized(traced, *seen[-1])
+
+
+def _is_floating(x: Any) -> bool:
+    return bool(jnp.issubdtype(getattr(x, "aval", x).dtype, jnp.inexact))
 
 
 class Origins:

@@ -363,6 +363,18 @@ def test_frozen_arguments_keep_nothing_for_their_gradient():
     assert all(leaf.size != X.size for leaf in jax.tree.leaves(only_x))
 
 
+def test_one_trace_serves_different_choices_of_what_is_differentiated():
+    def f(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    compressed = jax.checkpoint(jax.jit(compress_residuals(f, ALL(bits=8))))  # both keep the trace
+    jax.eval_shape(lambda *args: jax.vjp(compressed, *args)[0], W, X)
+    jax.eval_shape(lambda w, x: jax.vjp(lambda x: compressed(w, x), x)[0], W, X)
+    for argnums in ((0, 1), (1,), (0,)):
+        grads = gradients(compressed, W, X, argnums=argnums)[1]
+        assert relative_error(grads, gradients(f, W, X, argnums=argnums)[1]) < 0.02
+
+
 def test_pytrees_integers_and_python_values_reach_the_function_as_they_are():
     def f(params, x, nothing, count, *, mode, table):
         assert nothing is None and isinstance(count, int) and mode == "twice"
