@@ -259,7 +259,9 @@ def _losses(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
             for way, found in row["ways"].items()
         ]
         dw_mib = row["dw_float32_bytes"] / 2**20
-        sizes = f"{row['tokens']} tokens, {row['width']} x {row['entries']}; a float32 gradient of the head is "
+        logits = row.get("naive_logits", "float32")
+        sizes = f"{row['tokens']} tokens, {row['width']} x {row['entries']}; naive logits in {logits}; "
+        sizes += "a float32 gradient of the head is "
         parts.append(f"**{row['case']}** ({sizes}{_number(dw_mib)} MiB)\n\n" + _table(header, lines))
     return parts
 

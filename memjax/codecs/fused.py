@@ -28,17 +28,17 @@ def takes(form: kernels.Form, shape: tuple[int, ...], dtype: Any) -> bool:
 
 def encode(x: jax.Array, words: tuple[jax.Array, jax.Array] | None, form: kernels.Form) -> Any:
     """Returns (codes, scale, offset or None) of groups along the last axis of ``x``."""
-    return _varying_like((x, words), kernels.encode_words(x, words, form=form))
+    return varying_like((x, words), kernels.encode_words(x, words, form=form))
 
 
 def decode(codes: Any, scale: Any, offset: Any, form: kernels.Form, dtype: Any) -> jax.Array:
     """Returns the array in ``dtype`` that codes with groups along the last axis stand for."""
     made = kernels.Codes(codes, scale, offset)
     dense = kernels.decode(made, bits=form.bits, group=form.group, dtype=dtype, implementation="mosaic_gpu")
-    return _varying_like(made, dense)
+    return varying_like(made, dense)
 
 
-def _varying_like(inputs: Any, outputs: Any) -> Any:
+def varying_like(inputs: Any, outputs: Any) -> Any:
     """Marks what a kernel made of ``inputs`` as varying over the mesh axes of shard_map over which they vary."""
     axes = set[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(inputs)))
     if not axes:

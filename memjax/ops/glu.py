@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from memjax.codecs import Codec
+from memjax.codecs.fused import varying_like
 from memjax.ops.once import once
+from memjax.ops.packing import group_of, kernel_form
+from pallas_kernels import glu as kernels
+from pallas_kernels.codec import Codes
 
 Residual = Literal["input"] | Codec
 
@@ -66,11 +70,21 @@ def _gated(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) 
 
 
 def _forward(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) -> tuple[jax.Array, Any]:
+    if residual == "input":
+        return _gated(gate, up, activation, residual), (gate, up)
+    form = kernel_form(residual, gate, kernels.unsupported) if activation == "silu" else None
+    if form is not None:
+        out, *made = kernels.swiglu_packed(once(gate), once(up), **form._asdict())
+        return varying_like((gate, up), (out, tuple(made)))
     out = _gated(gate, up, activation, residual)
-    return out, (gate, up) if residual == "input" else (residual.encode(once(gate), -1), residual.encode(once(up), -1))
+    return out, (residual.encode(once(gate), -1), residual.encode(once(up), -1))
 
 
 def _backward(activation: str, residual: Residual, kept: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if isinstance(kept[0], Codes):
+        assert isinstance(residual, Codec)
+        slopes = kernels.swiglu_backward(d_out, *kept, bits=residual.bits, group=group_of(residual, d_out))
+        return varying_like((kept, d_out), slopes)
     gate, up = kept if residual == "input" else (kept[0].decode(), kept[1].decode())
     value, slope = jax.jvp(_ACTIVATIONS[activation], (_wide(gate),), (jnp.ones_like(_wide(gate)),))
     d_out = _wide(d_out)

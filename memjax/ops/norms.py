@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from memjax.codecs import Codec
+from memjax.codecs.fused import varying_like
 from memjax.core import operation, packing, register_rule
 from memjax.core.jaxpr_compat import vary_like
 from memjax.ops.once import once
+from memjax.ops.packing import group_of, kernel_form
+from pallas_kernels import norm as kernels
+from pallas_kernels.codec import Codes
 
 Residual = Literal["output", "input"] | Codec
 
@@ -141,6 +145,10 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float, residua
 def _rms_forward(
     x: jax.Array, scale: jax.Array, eps: float, offset: float, residual: Residual
 ) -> tuple[jax.Array, Any]:
+    form = kernel_form(residual, x, kernels.unsupported) if isinstance(residual, Codec) else None
+    if form is not None:
+        y, made, rstd = kernels.rms_norm_packed(once(x), _gain(scale, offset), eps=eps, **form._asdict())
+        return varying_like((x, scale), (y, (made, rstd, scale)))
     wide = _wide(x)
     rstd = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     xhat = wide * rstd
@@ -155,6 +163,11 @@ def _rms_forward(
 def _rms_backward(eps: float, offset: float, residual: Residual, kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     stored, rstd, scale = kept
     gain = _gain(scale, offset)
+    if isinstance(stored, Codes):
+        assert isinstance(residual, Codec)
+        group = group_of(residual, dy)
+        dx, d_gain = kernels.rms_norm_backward(dy, stored, rstd, gain, bits=residual.bits, group=group)
+        return varying_like((kept, dy), (dx, d_gain.astype(scale.dtype)))
     if residual == "output":
         xhat = _wide(stored) * (1 / gain)
     elif residual == "input":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from memjax.codecs import Codec, fused
 from pallas_kernels._bits import pack, unpack
+from pallas_kernels.codec import Form
 
 BLOCK = 128
 """Elements that share bytes; shards of the last axis that are multiples of it stay apart."""
@@ -25,3 +28,22 @@ def unpack_codes(planes: tuple[jax.Array, ...], bits: int, size: int) -> jax.Arr
     """Returns the uint8 codes ``[..., size]`` that `pack_codes` was given."""
     padded = size + -size % 8
     return unpack(planes, bits, -1, math.gcd(padded, BLOCK))[..., :size]
+
+
+def group_of(codec: Codec, x: jax.Array) -> int:
+    """Returns how many elements of the last axis of ``x`` share a scale."""
+    return x.shape[-1] if codec.group == "channel" else int(codec.group)
+
+
+def kernel_form(codec: Codec, x: jax.Array, unsupported: Callable[..., str | None]) -> Form | None:
+    """Returns what the kernels call ``codec``, or None where one that makes codes of ``x`` does not run.
+
+    Args:
+      codec: of a residual.
+      x: ``[..., n]``, float.
+      unsupported: (form, shape, dtype) -> why a kernel cannot take such an array, or None.
+    """
+    form = codec.kernel_form(group_of(codec, x))
+    if form is None or not fused.takes(form, x.shape, x.dtype) or unsupported(form, x.shape, x.dtype):
+        return None
+    return form
