@@ -35,13 +35,14 @@ def heuristic(m: int, k: int, n: int, form: Format) -> kernel.Config:
     round more warpgroups where the sums are small enough to leave them registers.
     """
     tiles, steps = n // TILE, k // TILE
-    splits = next(s for s in (1, 2, 4) if s == 4 or tiles * s > 66)
-    while splits > 1 and steps % splits:
-        splits //= 2
+    shares = next(s for s in (1, 2, 4) if s == 4 or tiles * s > 66)
+    while shares > 1 and steps % shares:
+        shares //= 2
+    splits, parts = min(shares, 2), max(shares // 2, 1)
     warpgroups = 4 if m <= 8 else 3 if m <= 16 else 2
-    warpgroups = min(warpgroups, steps // splits)
-    if warpgroups == 1 and splits > 1:
-        splits, warpgroups = 1, min(2, steps)
+    warpgroups = min(warpgroups, steps // shares)
+    if warpgroups == 1 and shares > 1:
+        splits, parts, warpgroups = 1, 1, min(2, steps)
     stages = warpgroups * max(1, 8 // warpgroups)
     rows = -(-m // 8) * 8
     while (
@@ -49,7 +50,7 @@ def heuristic(m: int, k: int, n: int, form: Format) -> kernel.Config:
         and kernel.smem_bytes(rows, form, kernel.Config(warpgroups, stages, splits)) > _SHARED_MEMORY
     ):
         stages -= warpgroups
-    return kernel.Config(warpgroups, stages, splits)
+    return kernel.Config(warpgroups, stages, splits, parts)
 
 
 def packed_matmul(

@@ -32,11 +32,14 @@ class Config(NamedTuple):
       warpgroups: 1 to 4, among which the tiles of a block go round.
       stages: tiles in flight; a multiple of ``warpgroups``.
       splits: blocks (1, 2 or 4, a cluster) that share the inputs of an output tile.
+      parts: clusters that share them, each of which writes sums of its own for XLA to add up. Clusters of four leave
+        multiprocessors idle, for those that may form one are no multiple of four on every card.
     """
 
     warpgroups: int
     stages: int
     splits: int
+    parts: int = 1
 
 
 # Registers a thread of the computing warpgroups, of what is left by the one that fetches.
@@ -285,9 +288,9 @@ def matmul(
     if interpret or rows_in > 8:  # the copy engine fills up fewer than 8 rows itself
         x = jnp.pad(x, ((0, m - rows_in), (0, 0)))
     n = scale.shape[1]
-    warpgroups, stages, splits = config
-    tiles = k // TILE // splits
-    wide = out_dtype == jnp.float32
+    warpgroups, stages, splits, n_parts = config
+    tiles = k // TILE // (splits * n_parts)
+    wide = out_dtype == jnp.float32 or n_parts > 1
     rows = form.rows
     groups = TILE // form.group
     metas = [scale] if offset is None else [scale, offset]
@@ -301,6 +304,9 @@ def matmul(
         columns = pl.ds(lax.axis_index("tile") * TILE, TILE)
         split, group_id = lax.axis_index("split"), lax.axis_index("wg")
         first = split * tiles
+        if n_parts > 1 and not interpret:
+            part = lax.axis_index("part")
+            first, out_ref = first + part * splits * tiles, out_ref.at[part]
 
         @pl.when(group_id == warpgroups)
         def _fetch() -> None:
@@ -392,19 +398,21 @@ def matmul(
                 _mgpu.each_thread(finish, [received_ref, out_ref.at[:, columns]])
 
     blocks: dict[str, Any] = {
-        "grid": (n // TILE,),
-        "grid_names": ("tile",),
+        "grid": (n // TILE, n_parts),
+        "grid_names": ("tile", "part"),
         "cluster": (splits,),
         "cluster_names": ("split",),
     }
+    sums_shape, sums_dtype = (rows_in, n), jnp.float32 if wide else out_dtype
+    if n_parts > 1:
+        sums_shape = (n_parts, *sums_shape)
     if interpret:
-        blocks = {"grid": (n // TILE, splits), "grid_names": ("tile", "split")}
+        blocks = {"grid": (n // TILE, splits * n_parts), "grid_names": ("tile", "split")}
+        sums_shape, sums_dtype = (splits * n_parts, m, n), jnp.float32
     small = (1, 8, 8)
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(
-            (splits, m, n) if interpret else (rows_in, n), jnp.float32 if interpret else out_dtype
-        ),
+        out_type=jax.ShapeDtypeStruct(sums_shape, sums_dtype),
         **blocks,
         num_threads=warpgroups + 1,
         thread_name="wg",
@@ -423,4 +431,4 @@ def matmul(
         compiler_params=_mgpu.explicit_layouts(),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(x, *planes, *metas)
-    return jnp.sum(out, axis=0)[:rows_in].astype(out_dtype) if interpret else out
+    return jnp.sum(out, axis=0)[:rows_in].astype(out_dtype) if out.ndim == 3 else out

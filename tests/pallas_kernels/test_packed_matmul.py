@@ -72,7 +72,9 @@ def test_the_interpreted_decoding_equals_numpy():
     np.testing.assert_array_equal(np.asarray(made, np.float32), dense)
 
 
-@pytest.mark.parametrize("config", [kernel.Config(1, 2, 1), kernel.Config(3, 3, 2), kernel.Config(2, 4, 4)])
+@pytest.mark.parametrize(
+    "config", [kernel.Config(1, 2, 1), kernel.Config(3, 3, 2), kernel.Config(2, 4, 4), kernel.Config(2, 4, 2, 2)]
+)
 def test_every_way_to_cut_the_work_gives_the_same(config):
     form = FORMATS["int4"]
     parts, dense = weight(form, 1024, 256)
@@ -109,7 +111,8 @@ def test_every_benchmark_shape_lowers_for_cuda(name):
             config = packed_matmul_api.heuristic(m, k, n, form)
             rows = -(-m // 8) * 8
             assert kernel.smem_bytes(rows, form, config) <= 232448 and config.stages % config.warpgroups == 0
-            assert (k // 128) % config.splits == 0 and k // 128 // config.splits >= config.warpgroups
+            shares = config.splits * config.parts
+            assert (k // 128) % shares == 0 and k // 128 // shares >= config.warpgroups
         lower = {"lowering_platforms": ("cuda",)}
         run = jax.jit(lambda x, *p: packed_matmul(x, *p, form=form, implementation="mosaic_gpu"))
         run.trace(x, *parts).lower(**lower)
