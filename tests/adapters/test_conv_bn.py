@@ -126,3 +126,37 @@ def test_refusals():
         adapters.conv_bn_tune(x, conv, bn, {"mean": stats["mean"]})
     with pytest.raises(ValueError, match=r"bn\['scale'\]: expected \[6\]"):
         adapters.conv_bn_tune(x, conv, {"scale": jnp.ones(4)}, stats)
+
+
+def test_a_stack_of_bottlenecks_needs_a_fifth_less_memory():
+    """The residual blocks of a ResNet-50, scanned: per block the temporaries fall by a fifth or more."""
+    width, narrow, image = 32, 8, (2, 16, 16, 32)
+    kernels = {"reduce": (1, 1, width, narrow), "mix": (3, 3, narrow, narrow), "expand": (1, 1, narrow, width)}
+
+    def block_bytes(norm):
+        def block(x, layer):
+            h = x
+            for name in kernels:
+                h = norm(h, *layer[name])
+                h = nn.relu(h if name != "expand" else x + h)
+            return h, None
+
+        def temporaries(depth):
+            S = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+            stats = ({"mean": S((depth, c)), "var": S((depth, c))} for *_, c in kernels.values())
+            layers = {
+                name: (
+                    {"kernel": S((depth, *shape))},
+                    {"scale": S((depth, shape[-1])), "bias": S((depth, shape[-1]))},
+                    s,
+                )
+                for (name, shape), s in zip(kernels.items(), stats)
+            }
+            step = jax.jit(jax.grad(lambda layers, x: jnp.sum(lax.scan(block, x, layers)[0] ** 2)))
+            return step.lower(layers, S(image)).compile().memory_analysis().temp_size_in_bytes
+
+        return (temporaries(9) - temporaries(3)) / 6
+
+    plain = block_bytes(functools.partial(eval_mode, kernel_ndim=4, channel=3, settings={}, extra={}))
+    tune = block_bytes(functools.partial(adapters.conv_bn_tune, eps=EPS))
+    assert tune <= 0.8 * plain, (tune, plain)

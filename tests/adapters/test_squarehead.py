@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
-from memjax import adapters, codecs, weights
+from memjax import adapters, codecs, models, weights
 from memjax.core.bytes import compiled_bytes
+from memjax.recipes import data
 from tests.random_views import array, assert_close
 
 L, B, S, D, V = 3, 2, 5, 8, 11
@@ -152,3 +154,53 @@ def test_paired_blocks_keep_one_difference_per_block_and_nothing_of_the_teacher(
     assert memory(9, naive) - memory(3, naive) >= 6 * 2 * state
     per_block = (memory(9, step) - memory(3, step)) / 6
     assert per_block < 2.1 * state + 4 * (4 * d * d)  # the student's state, a difference, its gradients
+
+
+@pytest.mark.slow
+def test_a_pruned_language_model_recovers_better_with_squarehead():
+    """At 75 % sparsity, with little text to recover on, the held-out loss is lower than with cross-entropy alone.
+
+    Where there is as much text as before the pruning, cross-entropy alone does as well: 1.53 against 1.54.
+    """
+    config = models.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32
+    )
+    model = models.Model(config, {}, None, "bytes")
+    text = np.frombuffer(data.find("kjv").read_bytes()[:200_000], np.uint8).astype(np.int32) % 128
+    windows = text[: 65 * (len(text) // 65)].reshape(-1, 65)
+    train, held_out = windows[:-64], jnp.asarray(windows[-64:])
+
+    def outputs(params, batch):
+        hidden, blocks = model.hiddens(params, batch[:, :-1])
+        weight, axis = model.head(params)
+        return jnp.tensordot(hidden, weight, ((2,), (axis,))), blocks
+
+    def fit(params, teacher, steps, lr, square, windows):
+        tx = optax.chain(optax.adam(lr), *([adapters.masked_updates(masks)] if teacher else []))
+
+        def step(state, batch):
+            def loss(params):
+                logits, blocks = outputs(params, batch)
+                hiddens = {}
+                if square:
+                    hiddens = {"student_hiddens": blocks, "teacher_hiddens": outputs(teacher, batch)[1]}
+                return adapters.distillation_loss(logits, batch[:, 1:], square=square, **hiddens)
+
+            params, opt = state
+            updates, opt = tx.update(jax.grad(loss)(params), opt, params)
+            return (optax.apply_updates(params, updates), opt), None
+
+        order = np.random.default_rng(0).integers(0, windows, (steps, 16))
+        return jax.jit(lambda state, batches: lax.scan(step, state, batches)[0][0])(
+            (params, tx.init(params)), jnp.asarray(train[order])
+        )
+
+    masks = {}
+    dense = fit(models.random_params(config, jax.random.key(0), jnp.dtype("float32")), None, 400, 3e-3, 0.0, len(train))
+    pruned, masks = adapters.prune(dense, 0.75, "layers/**/kernel")
+    losses = {}
+    for square in (0.0, 1.0):
+        params = fit(pruned, dense, 60, 1e-3, square, 48)
+        logits, _ = outputs(params, held_out)
+        losses[square] = float(adapters.distillation_loss(logits, held_out[:, 1:], square=0.0))
+    assert losses[1.0] < losses[0.0] - 0.05, losses
