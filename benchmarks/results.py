@@ -266,12 +266,79 @@ def _losses(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
     return parts
 
 
+ACTIVATIONS_NOTE = """The name of a stack is followed by its policy for activations: what backward finds kept of a layer, and
+how it is stored; all else is computed again. What is trained are adapters of rank 16 on all linear layers, or every
+weight. Ratios are with the row `plain_jax full` of the same run."""
+
+
+def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `activations`: one per shape and what is trained, a line per stack and policy."""
+    base = "plain_jax full"
+    parts = [ACTIVATIONS_NOTE]
+    header = ("stack and policy", "peak GiB", "compiled GiB", f"peak / {base}", "tokens/s", f"speed / {base}", "loss")
+    for group in dict.fromkeys(_split(row["case"])[0] for row in rows):
+        of_group = {(row["run"], _split(row["case"])[1]): row for row in rows if _split(row["case"])[0] == group}
+        lines = []
+        for (run, name), row in of_group.items():
+            other = of_group.get((run, base), {})
+            lines.append(
+                [
+                    name,
+                    _peak(row),
+                    _number(row.get("compiled_gib")),
+                    _over(row, other, "peak_gib"),
+                    _number(row["tokens_per_s"]),
+                    _over(row, other, "tokens_per_s"),
+                    f"{row['loss_last']:.3f}",
+                ]
+            )
+        parts.append(f"**{group}**\n\n{_table(header, lines)}")
+    return parts
+
+
+def _split(case: str) -> tuple[str, str]:
+    """Returns the group of a case of `activations`, and what it is in it."""
+    group, _, name = case.partition("/")
+    return group, name
+
+
+def _over(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    return f"{row[key] / base[key]:.3f}" if row.get(key) and base.get(key) else "-"
+
+
+ACTIVATION_QUALITY_NOTE = """Loss of held-out King James text in nats per token, mean and standard deviation over seeds;
+what backward reads is all that differs between the policies of a task, for a seed decides the start and the batches."""
+
+
+def _activation_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `activation_quality`: one per task, a line per policy."""
+    parts = [ACTIVATION_QUALITY_NOTE]
+    for task in dict.fromkeys(row["case"].partition(", ")[0] for row in rows):
+        of_task = {row["case"].partition(", ")[2]: row for row in rows if row["case"].partition(", ")[0] == task}
+        exact = of_task.get("exact")
+        lines = []
+        for policy, row in of_task.items():
+            same = exact is not None and exact["run"] == row["run"]
+            change = f"{row['after_mean'] - exact['after_mean']:+.4f}" if exact is not None and same else "-"
+            lines.append([policy, f"{row['after_mean']:.4f} ± {row['after_std']:.4f}", change])
+        first = next(iter(of_task.values()))
+        batch, tokens = first["batch"]
+        sizes = (
+            f"{first['parameters']:,} trained parameters, {first['layers']} layers; {first['steps']} steps of {batch} "
+        )
+        sizes += f"windows of {tokens} tokens; seeds {', '.join(map(str, first['seeds']))}"
+        parts.append(f"**{task}** ({sizes})\n\n{_table(('policy', 'loss', 'less exact'), lines)}")
+    return parts
+
+
 TABLES = {
     "packed_matmul": _products,
     "codec": _codes,
     "linear_cross_entropy": _losses,
     "formats": _formats,
     "adapters": _adapters,
+    "activations": _activations,
+    "activation_quality": _activation_quality,
 }
 """Suite -> what is under its heading; other suites measure speed."""
 
