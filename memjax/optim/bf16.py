@@ -6,6 +6,7 @@ keeps every parameter's expectation. Source: Revisiting BFloat16 Training, 2020.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -50,13 +51,13 @@ def apply_updates_stochastic(params: Any, updates: Any, key: Any) -> Any:
     Returns:
       The tree of ``params`` in its dtypes.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    index = itertools.count()
 
-    def add(index: int, p: jax.Array, u: jax.Array) -> jax.Array:
+    def add(p: jax.Array, u: jax.Array) -> jax.Array:
+        words = leaf_words(key, next(index))
         if jnp.result_type(p) != jnp.bfloat16:
             return jnp.asarray(p + u).astype(jnp.result_type(p))
         total = jnp.asarray(p, jnp.float32) + jnp.asarray(u, jnp.float32)
-        return round_stochastic(total, hash_bits(leaf_words(key, index), flat_counter(total.shape)))
+        return round_stochastic(total, hash_bits(words, flat_counter(total.shape)))
 
-    added = [add(i, p, u) for i, (p, u) in enumerate(zip(leaves, treedef.flatten_up_to(updates), strict=True))]
-    return treedef.unflatten(added)
+    return jax.tree.map(add, params, updates)

@@ -1,13 +1,18 @@
 """The table of all optimizers that `test_contract` holds to the common contract: a new method is one row."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
+from memjax.core import leaf_paths
+from memjax.optim import label, matrix_shape, matrix_spec
+
 GAP = 3
+RANDOM = np.random.default_rng(0).standard_normal(4096)
 
 
 class Row(NamedTuple):
@@ -30,7 +35,7 @@ class Row(NamedTuple):
     fsdp: bool = True
 
 
-def params(dtype=jnp.float32):
+def params(dtype=np.float32):
     """A stack of layers, a matrix of its own, a vector per layer, a vector and a scalar."""
     shapes = {
         "layers": {"q_proj": {"kernel": (3, 16, 24), "bias": (3, 24)}, "o_proj": {"kernel": (3, 24, 16)}},
@@ -39,16 +44,17 @@ def params(dtype=jnp.float32):
         "norm": {"scale": (8,)},
         "temperature": (),
     }
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return treedef.unflatten([jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, leaves)])
+    return jax.tree.map(
+        lambda shape: np.asarray(RANDOM[: math.prod(shape)].reshape(shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
-def grads(step, dtype=jnp.float32):
+def grads(step, dtype=np.float32):
     """Gradients of ``params`` that differ from step to step."""
-    leaves, treedef = jax.tree.flatten(params())
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), len(leaves))
-    return treedef.unflatten([jax.random.normal(k, p.shape).astype(dtype) for k, p in zip(keys, leaves)])
+    random = np.random.default_rng(step + 1)
+    return jax.tree.map(lambda p: np.asarray(random.standard_normal(p.shape), dtype), params())
 
 
 def sizes(tree):
@@ -57,9 +63,6 @@ def sizes(tree):
 
 def matrices(tree):
     """``(path, B, m, n)`` of the leaves that have a subspace, and the number of elements of all others."""
-    from memjax.core import leaf_paths
-    from memjax.optim import label, matrix_shape, matrix_spec
-
     labels = [name for _, name in leaf_paths(label(tree))]
     found, rest = [], 0
     for (path, leaf), name in zip(leaf_paths(tree), labels):

@@ -20,7 +20,7 @@ each = pytest.mark.parametrize("row", OPTIMIZERS, ids=lambda row: row.name)
 
 
 def equal(a, b):
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y, equal_nan=True)), a, b)))
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y, equal_nan=True), a, b)))
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def test_one_trace_serves_all_switches_and_every_leaf_moves(row):
     points, (_, _, traces) = trajectory(row), runner(row)
     assert len(traces) == 1
     for (path, before), (_, after) in zip(leaf_paths(points[0][0]), leaf_paths(points[-1][0])):
-        assert jnp.isfinite(after).all() and not jnp.array_equal(before, after), path
+        assert np.isfinite(after).all() and not np.array_equal(before, after), path
 
 
 @each
@@ -82,38 +82,36 @@ def test_nan_stays_in_its_leaf(row):
     points, (_, step, _) = trajectory(row), runner(row)
     for start in (GAP - 1, GAP):
         g = grads(start)
-        g["w"] = g["w"].at[3, 5].set(jnp.nan)
+        g["w"][3, 5] = np.nan
         broken, state = step(*points[start], g)
         broken, _ = step(broken, state, grads(start + 1))
         for (path, found), (_, sound) in zip(leaf_paths(broken), leaf_paths(points[start + 2][0])):
-            assert path == "w" or jnp.array_equal(found, sound), path
+            assert path == "w" or np.array_equal(found, sound), path
 
 
 @each
 def test_zero_gradients_give_finite_updates(row):
     points, (_, step, _) = trajectory(row), runner(row)
-    p, _ = step(*points[0], jax.tree.map(jnp.zeros_like, params()))
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(p))
+    p, _ = step(*points[0], jax.tree.map(np.zeros_like, params()))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(p))
 
 
 @each
 def test_bf16_params_and_gradients(row):
     tx = row.make()
     p = params(jnp.bfloat16)
-    state = tx.init(p)
+    state = jax.eval_shape(tx.init, p)
 
     @jax.jit
-    def two(p, state):
-        for i in range(2):
-            updates, state = tx.update(grads(i, jnp.bfloat16), state, p)
-            p = optax.apply_updates(p, updates)
-        return updates, p, state
+    def one(g, p):
+        updates, state = tx.update(g, tx.init(p), p)
+        return updates, optax.apply_updates(p, updates), state
 
-    updates, after, new = two(p, state)
+    updates, after, new = one(grads(0, jnp.bfloat16), p)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((updates, after)))
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    assert all(np.isfinite(np.float32(leaf)).all() for leaf in jax.tree.leaves(after))
     assert not equal(after, p)
     if row.bits32:
         assert not any(leaf.dtype == jnp.bfloat16 and leaf.ndim for leaf in jax.tree.leaves(state))
@@ -125,16 +123,17 @@ def test_in_a_chain_with_injected_hyperparameters_under_multi_steps(row):
     injected = optax.inject_hyperparams(row.make, static_args=row.static)(learning_rate=1e-2)
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1e6), injected), every_k_schedule=2)
 
+    batches = jax.tree.map(lambda *x: np.stack(x), *[grads(i // 2) for i in range(2 * GAP + 2)])
+
     @jax.jit
-    def run(p, state):
+    def run(p):
         def body(carry, g):
             updates, state = tx.update(g, carry[1], carry[0])
             return (optax.apply_updates(carry[0], updates), state), None
 
-        batches = jax.tree.map(lambda *x: jnp.stack(x), *[grads(i // 2) for i in range(2 * GAP + 2)])
-        return jax.lax.scan(body, (p, state), batches)[0]
+        return jax.lax.scan(body, (p, tx.init(p)), batches)[0]
 
-    p, state = run(params(), tx.init(params()))
+    p, _ = run(params())
     for (path, found), (_, wanted) in zip(leaf_paths(p), leaf_paths(points[GAP + 1][0])):
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5, err_msg=path)
 
@@ -177,22 +176,17 @@ def test_sharded_state_updates_its_own_shards(row):
     by_spec = functools.partial(jax.tree.map, shard, is_leaf=lambda x: isinstance(x, PartitionSpec))
     shardings, state_shardings = by_spec(specs), by_spec(state_specs(tx, p, specs))
     # Half of the batch pulls one way, the other half, harder, the other: signs of parts would cancel or differ.
-    slopes = jax.random.normal(jax.random.key(5), (8, 1)) + jnp.where(jnp.arange(8) % 2, 30.0, -31.0)[:, None]
+    slopes = np.float32(np.random.default_rng(5).standard_normal(8) + np.where(np.arange(8) % 2, 30.0, -31.0))
+
+    def loss(q, slopes):
+        parts = jax.vmap(lambda slope: slope * sum(jnp.sum(jnp.sin(leaf * 3)) for leaf in jax.tree.leaves(q)))
+        return jnp.mean(parts(slopes))
 
     def step(replicas, p, state, slopes):
-        def loss(q):
-            return jnp.mean(slopes * sum(jnp.sum(jnp.sin(leaf * 3)) for leaf in jax.tree.leaves(q)))
-
-        gradients = jax.lax.with_sharding_constraint(jax.grad(loss)(replicas), shardings)
+        gradients = jax.lax.with_sharding_constraint(jax.grad(loss)(replicas, slopes), shardings)
         return tx.update(gradients, state, p)
 
-    wanted, _ = jax.jit(
-        lambda p: tx.update(
-            jax.grad(lambda q: jnp.mean(slopes) * sum(jnp.sum(jnp.sin(leaf * 3)) for leaf in jax.tree.leaves(q)))(p),
-            tx.init(p),
-            p,
-        )
-    )(p)
+    wanted, _ = jax.jit(lambda p: tx.update(jax.grad(loss)(p, slopes), tx.init(p), p))(p)
     lowered = jax.jit(
         step,
         in_shardings=(shard(PartitionSpec()), shardings, state_shardings, shard(PartitionSpec("data"))),
