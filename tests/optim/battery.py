@@ -1,0 +1,83 @@
+"""The table of all optimizers that `test_contract` holds to the common contract: a new method is one row."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from memjax.core import leaf_paths
+from memjax.optim import label, matrix_shape, matrix_spec
+
+GAP = 3
+RANDOM = np.random.default_rng(0).standard_normal(4096)
+
+
+class Row(NamedTuple):
+    """One optimizer.
+
+    Attributes:
+      name: of the test.
+      make: learning rate (and overrides by keyword) -> transformation; what switches does so every `GAP` steps.
+      formula: params -> bytes of the state, an exact integer.
+      static: arguments of ``make`` that `optax.inject_hyperparams` must leave alone.
+      bits32: moments are kept in float32 whatever the parameters' dtype.
+      fsdp: the update of sharded leaves needs no array of a whole leaf on one device.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    formula: Callable[[Any], int]
+    static: tuple[str, ...] = ()
+    bits32: bool = True
+    fsdp: bool = True
+
+
+def params(dtype=np.float32):
+    """A stack of layers, a matrix of its own, a vector per layer, a vector and a scalar."""
+    shapes = {
+        "layers": {"q_proj": {"kernel": (3, 16, 24), "bias": (3, 24)}, "o_proj": {"kernel": (3, 24, 16)}},
+        "embed_tokens": {"embedding": (16, 8)},
+        "w": (32, 16),
+        "norm": {"scale": (8,)},
+        "temperature": (),
+    }
+    return jax.tree.map(
+        lambda shape: np.asarray(RANDOM[: math.prod(shape)].reshape(shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def grads(step, dtype=np.float32):
+    """Gradients of ``params`` that differ from step to step."""
+    random = np.random.default_rng(step + 1)
+    return jax.tree.map(lambda p: np.asarray(random.standard_normal(p.shape), dtype), params())
+
+
+def sizes(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def matrices(tree):
+    """``(path, B, m, n)`` of the leaves that have a subspace, and the number of elements of all others."""
+    labels = [name for _, name in leaf_paths(label(tree))]
+    found, rest = [], 0
+    for (path, leaf), name in zip(leaf_paths(tree), labels):
+        if name == "subspace":
+            found.append((path, *matrix_shape(leaf.shape, matrix_spec(leaf))))
+        else:
+            rest += leaf.size
+    return found, rest
+
+
+OPTIMIZERS = [
+    Row(
+        "adamw",
+        lambda learning_rate=1e-2, b1=0.9: optax.adamw(learning_rate, b1),
+        lambda p: 8 * sizes(p) + 4,
+        bits32=False,
+    ),
+]
