@@ -167,6 +167,7 @@ def describe_device() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind if on_gpu else f"CPU {platform.machine()}",
         "driver": _driver() if on_gpu else None,
+        "preallocate": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true"),
         "python": platform.python_version(),
         "versions": versions,
         "ceilings": ceilings(8192, 1024) if on_gpu else ceilings(512, 64),
@@ -188,8 +189,12 @@ def last_exception(stderr: str) -> str:
 
 
 def run_process(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
-    """Runs ``python -m *arguments`` and returns the JSON object of its last line, or its error under ``error``."""
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    """Runs ``python -m *arguments`` and returns the JSON object of its last line, or its error under ``error``.
+
+    JAX allocates memory as it goes unless the environment says otherwise; a step that needs one block of half the
+    card may then find none, where a pool made at the start (``XLA_PYTHON_CLIENT_PREALLOCATE=true``) has it.
+    """
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     command = [sys.executable, "-m", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
