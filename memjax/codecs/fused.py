@@ -16,12 +16,12 @@ LEAST = 2**18
 
 
 def takes(form: kernels.Form, shape: tuple[int, ...], dtype: Any) -> bool:
-    """Returns whether the kernels encode to, or decode to, an array of this shape and dtype.
+    """Returns whether the kernels encode to, or decode to, an array of this shape and dtype."""
+    return math.prod(shape) >= LEAST and on_hopper() and whole_arrays() and not kernels.unsupported(form, shape, dtype)
 
-    XLA cannot cut a kernel along a mesh: with several devices it runs inside of shard_map only.
-    """
-    if math.prod(shape) < LEAST or not on_hopper() or kernels.unsupported(form, shape, dtype):
-        return False
+
+def whole_arrays() -> bool:
+    """Returns whether arrays are of one device: XLA cannot cut a kernel along a mesh, shard_map does."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.codecs.fused import whole_arrays
 from memjax.core import jaxpr_compat, operation, register_rule
 from pallas_kernels import linear_cross_entropy as kernels
 from pallas_kernels.packed_matmul import on_hopper
@@ -412,7 +413,9 @@ def _kernels_run(x: jax.Array, w: Any, options: _Options) -> bool:
         reasons.append("the head is a weight view")
     else:
         reasons += kernels.unsupported(x, w, w_axis=options.w_axis)
-    if getattr(jax.typeof(x), "vma", None):
+    if not whole_arrays():
+        reasons.append("XLA would have to cut them along a mesh")
+    if jax.typeof(x).manual_axis_type.varying:
         reasons.append("it is inside a shard_map that checks what varies")
     if options.implementation == "mosaic_gpu" and reasons:
         raise ValueError(f"the linear_cross_entropy kernels cannot run: {'; '.join(reasons)}")

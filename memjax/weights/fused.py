@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.codecs import Gguf, Grouped, Nf4, Packed
+from memjax.codecs.fused import varying_like, whole_arrays
 from memjax.codecs.packed import from_bits
 from memjax.core.views import Axes
 from pallas_kernels import packed_matmul as kernels
@@ -26,13 +27,11 @@ def kernel_format(packed: Packed, axes: Axes, casts: tuple[Any, ...]) -> kernels
       casts: dtypes that the program casts the weight to.
     """
     codec, dtype = packed.codec, casts[-1] if casts else packed.dtype
-    if jnp.dtype(dtype) != jnp.bfloat16 or not kernels.on_hopper():
+    if jnp.dtype(dtype) != jnp.bfloat16 or not kernels.on_hopper() or not whole_arrays():
         return None
     if packed.ndim != 2 or axes != Axes() or packed.axes != (-2,):
         return None
     if not isinstance(codec, Grouped | Gguf | Nf4) or not isinstance(codec.group, int):
-        return None
-    if any(getattr(jax.typeof(leaf), "vma", None) for leaf in jax.tree.leaves(packed)):
         return None
     form = kernels.Format(codec.bits, codec.group, isinstance(codec, Nf4), packed.offset is not None)
     return None if kernels.unsupported(form, *packed.shape) else form
@@ -49,13 +48,13 @@ def _operands(packed: Packed) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Arr
 
 def decode(packed: Packed, form: kernels.Format) -> jax.Array:
     """Returns the dense weight, bfloat16 ``[k, n]``."""
-    return kernels.decode(*_operands(packed), form=form)
+    return varying_like(packed, kernels.decode(*_operands(packed), form=form))
 
 
 def multiply(x: jax.Array, packed: Packed, form: kernels.Format, dtype: Any) -> jax.Array:
     """Returns ``x [..., k] @ weight [k, n]`` in ``dtype`` (bfloat16 or float32), the weight decoded in registers."""
     y = kernels.packed_matmul(x.reshape(-1, x.shape[-1]), *_operands(packed), form=form, out_dtype=dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return varying_like((x, packed), y.reshape(*x.shape[:-1], y.shape[-1]))
 
 
 def takes(x: jax.Array, settings: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from memjax import codecs, weights
 from memjax.weights import fused, lift
@@ -24,6 +25,7 @@ def hopper(monkeypatch):
     """Lets weights take the kernels' path."""
     monkeypatch.setattr(fused.kernels, "on_hopper", lambda: True)
     monkeypatch.setattr(api, "on_hopper", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def params(codec):
@@ -50,6 +52,7 @@ def test_values_and_gradients_are_those_of_decoding(name, rows, monkeypatch):
     x = array(2, rows, 128).astype(jnp.bfloat16)
     expected = jax.jit(value_and_gradient)(packed, x)
     monkeypatch.setattr(fused.kernels, "on_hopper", lambda: True)  # the kernels' XLA form still runs on a CPU
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     actual = jax.jit(lambda *args: value_and_gradient(*args))(packed, x)
     for a, b in zip(actual, expected):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -98,3 +101,15 @@ def test_a_wide_weight_is_decoded_in_blocks(codec, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
     saved = whole.memory_analysis().temp_size_in_bytes - blocks.memory_analysis().temp_size_in_bytes
     assert saved > 1.5 * 2**20  # of the four that the dense weight takes
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_inside_shard_map_the_kernels_are_taken_and_under_gspmd_not(check_vma, monkeypatch):
+    monkeypatch.setattr(fused.kernels, "on_hopper", lambda: True)
+    monkeypatch.setattr(api, "on_hopper", lambda: True)
+    packed, x = params(CODECS["int4"]), jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.shard_map(lift(model), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=check_vma)
+    for run, calls in ((cut, True), (lift(model), False)):
+        text = jax.jit(run).trace(packed, x).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("mosaic_gpu" in text) == calls
