@@ -111,6 +111,7 @@ def measure_training(
     analysis = step.memory_analysis()
     bytes_ = {name: getattr(analysis, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     row |= {f"{name}_gib": count / GIB for name, count in bytes_.items()}
+    row["host_temp_gib"] = analysis.host_temp_size_in_bytes / GIB
     row["compiled_gib"] = (bytes_["argument"] + bytes_["output"] + bytes_["temp"] - bytes_["alias"]) / GIB
 
     losses = []

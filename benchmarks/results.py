@@ -275,7 +275,10 @@ def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[s
     """Returns the tables of the suite `activations`: one per shape and what is trained, a line per stack and policy."""
     base = "plain_jax full"
     parts = [ACTIVATIONS_NOTE]
-    header = ("stack and policy", "peak GiB", "compiled GiB", f"peak / {base}", "tokens/s", f"speed / {base}", "loss")
+    header = (
+        *("stack and policy", "peak GiB", "compiled GiB", "host GiB"),
+        *(f"peak / {base}", "tokens/s", f"speed / {base}", "loss"),
+    )
     for group in dict.fromkeys(_split(row["case"])[0] for row in rows):
         of_group = {(row["run"], _split(row["case"])[1]): row for row in rows if _split(row["case"])[0] == group}
         lines = []
@@ -286,6 +289,7 @@ def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[s
                     name,
                     _peak(row),
                     _number(row.get("compiled_gib")),
+                    _number(row.get("host_temp_gib")),
                     _over(row, other, "peak_gib"),
                     _number(row["tokens_per_s"]),
                     _over(row, other, "tokens_per_s"),
