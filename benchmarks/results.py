@@ -266,9 +266,9 @@ def _losses(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
     return parts
 
 
-ACTIVATIONS_NOTE = """The name of a stack is followed by its policy for activations: what backward finds kept of a
-layer, and how it is stored; all else is computed again. What is trained are adapters of rank 16 on all linear layers,
-or every weight. Ratios are with the row `plain_jax full` of the same run."""
+ACTIVATIONS_NOTE = """After the name of a stack comes its policy for activations: what backward finds kept of a layer,
+and how it is stored; all else is computed again. What is trained are adapters of rank 16 on all linear layers, or every
+weight. Ratios are with the row `plain_jax full` of the same run."""
 
 
 def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
