@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import optax
 
+from memjax import optim
+from memjax.codecs import int4
 from memjax.core import leaf_paths
 from memjax.optim import label, matrix_shape, matrix_spec
 
@@ -78,6 +80,43 @@ OPTIMIZERS = [
         "adamw",
         lambda learning_rate=1e-2, b1=0.9: optax.adamw(learning_rate, b1),
         lambda p: 8 * sizes(p) + 4,
+        bits32=False,
+    ),
+    Row(
+        "galore",
+        lambda learning_rate=1e-2, scale=0.25: optim.galore(learning_rate, 4, GAP, scale, method="subspace_iteration"),
+        lambda p: optim.galore_state_bytes(p, 4),
+        bits32=False,
+    ),
+    Row(
+        "q_galore",
+        lambda learning_rate=1e-2, scale=0.25: optim.q_galore(
+            learning_rate, 4, GAP, scale, codec=int4(16, symmetric=False), method="subspace_iteration"
+        ),
+        lambda p: optim.q_galore_state_bytes(p, 4, codec=int4(16, symmetric=False)),
+    ),
+    Row(
+        "fira",
+        lambda learning_rate=1e-2, growth=1.01: optim.fira(
+            learning_rate, 4, GAP, growth=growth, method="subspace_iteration"
+        ),
+        lambda p: optim.fira_state_bytes(p, 4),
+        bits32=False,
+    ),
+    Row(
+        "apollo",
+        lambda learning_rate=1e-2, b1=0.9: optim.apollo(learning_rate, 0.25, GAP, b1=b1),
+        lambda p: optim.apollo_state_bytes(p, 0.25),
+    ),
+    Row(
+        "apollo_mini",
+        lambda learning_rate=1e-2, scale=128.0: optim.apollo_mini(learning_rate, GAP, scale),
+        lambda p: optim.apollo_state_bytes(p, 1),
+    ),
+    Row(
+        "ldadam",
+        lambda learning_rate=1e-2, rho=0.908: optim.ldadam(learning_rate, 4, rho=rho, method="subspace_iteration"),
+        lambda p: optim.ldadam_state_bytes(p, 4),
         bits32=False,
     ),
 ]

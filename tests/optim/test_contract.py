@@ -108,8 +108,8 @@ def test_bf16_params_and_gradients(row):
         return updates, optax.apply_updates(p, updates), state
 
     updates, after, new = one(grads(0, jnp.bfloat16), p)
-    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
-    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(new)] == [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((updates, after)))
     assert all(np.isfinite(np.float32(leaf)).all() for leaf in jax.tree.leaves(after))
     assert not equal(after, p)
