@@ -188,36 +188,51 @@ class Thread:
             steps = self._arith.muli(steps, self._utils.c(size, i64))
         return self._arith.addi(pointer, steps)
 
-    def read(self, pointer: Any, offset: int, words: int = 1, *, once: bool = True) -> list[Any]:
-        """Returns 1, 2 or 4 consecutive words of memory that the kernel only reads, so many bytes after ``pointer``.
+    def read(
+        self, pointer: Any, offset: int, words: int = 1, *, once: bool = True, changes: bool = False, where: Any = None
+    ) -> list[Any]:
+        """Returns 1, 2 or 4 consecutive words of global memory, so many bytes after ``pointer``.
 
         Args:
           pointer: of `pointer`.
           offset: in bytes.
           words: how many.
           once: whether nobody reads them again, so that they need no place in the cache.
+          changes: whether the kernel writes to that memory too.
+          where: a word; where it is zero nothing is read, and the result is of no use. None reads everywhere.
         """
-        hint = ".L1::no_allocate" if once else ""
+        code = "ld.global" + ("" if changes else ".nc") + (".L1::no_allocate" if once else "")
         if words == 1:
-            code = f"ld.global.nc{hint}.b32 $0, [$1+{offset}];"
+            code = f"{code}.b32 $0, [$1+{offset}];"
         else:
             names = ", ".join(f"${i}" for i in range(words))
-            code = f"ld.global.nc{hint}.v{words}.b32 {{{names}}}, [${words}+{offset}];"
-        return list(self._utils.inline_ptx(code, pointer, result_types=[self._i32] * words))
+            code = f"{code}.v{words}.b32 {{{names}}}, [${words}+{offset}];"
+        operands = [pointer]
+        if where is not None:
+            code = f"{{ .reg .pred p; setp.ne.u32 p, ${words + 1}, 0; @p {code} }}"
+            operands.append(where)
+        return list(self._utils.inline_ptx(code, *operands, result_types=[self._i32] * words))
 
     def read_half(self, pointer: Any, offset: int) -> Any:
         """Returns 16 bits of memory that the kernel only reads, in the low half of a word."""
         code = f"{{ .reg .b16 h; ld.global.nc.b16 h, [$1+{offset}]; cvt.u32.u16 $0, h; }}"
         return self._utils.inline_ptx(code, pointer, result_types=self._i32)
 
-    def write(self, pointer: Any, offset: int, words: Sequence[Any]) -> None:
-        """Writes 1, 2 or 4 consecutive words to global memory, so many bytes after ``pointer``."""
+    def write(self, pointer: Any, offset: int, words: Sequence[Any], where: Any = None) -> None:
+        """Writes 1, 2 or 4 consecutive words to global memory, so many bytes after ``pointer``.
+
+        Where the word ``where`` is zero nothing is written; None writes everywhere.
+        """
         names = ", ".join(f"${i + 1}" for i in range(len(words)))
         if len(words) == 1:
             code = f"st.global.b32 [$0+{offset}], $1;"
         else:
             code = f"st.global.v{len(words)}.b32 [$0+{offset}], {{{names}}};"
-        self._effect(code, "l" + "r" * len(words), pointer, *words)
+        operands = [pointer, *words]
+        if where is not None:
+            code = f"{{ .reg .pred p; setp.ne.u32 p, ${len(words) + 1}, 0; @p {code} }}"
+            operands.append(where)
+        self._effect(code, "l" + "r" * (len(operands) - 1), *operands)
 
     def write_half(self, pointer: Any, offset: int, word: Any, chosen: Any) -> None:
         """Writes the low 16 bits of a word to global memory where the word ``chosen`` is not zero."""
@@ -230,6 +245,21 @@ class Thread:
     def write_shared(self, memref: Any, offset: Any, word: Any) -> None:
         """Writes a word at a byte offset of shared memory."""
         self._effect("st.shared.b32 [$0], $1;", "rr", self._shared_address(memref, self._word(offset)), word)
+
+    def table(self, memref: Any) -> Any:
+        """Returns, after a barrier, the address of shared memory that is not written any more, for `look_up`."""
+        return self._llvm.inline_asm(
+            self._i32, [self._shared_address(memref, self.const(0))], "or.b32 $0, $1, 0;", "=r,r", has_side_effects=True
+        )
+
+    def look_up(self, address: Any, offset: int, words: int = 1) -> list[Any]:
+        """Returns 1, 2 or 4 consecutive words of a `table`, so many bytes after ``address``."""
+        if words == 1:
+            code = f"ld.shared.b32 $0, [$1+{offset}];"
+        else:
+            names = ", ".join(f"${i}" for i in range(words))
+            code = f"ld.shared.v{words}.b32 {{{names}}}, [${words}+{offset}];"
+        return list(self._utils.inline_ptx(code, address, result_types=[self._i32] * words))
 
     def shuffle(self, word: Any, distance: int) -> Any:
         """Returns the word of the lane whose number differs in the bits of ``distance``."""

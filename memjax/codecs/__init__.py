@@ -2,6 +2,7 @@
 
 from memjax.codecs.bipolar import Bipolar, bipolar, from_bipolar, to_bipolar
 from memjax.codecs.bitsandbytes import BitsAndBytes, from_bitsandbytes, to_bitsandbytes
+from memjax.codecs.dynamic import Dynamic, Positive, dynamic, positive
 from memjax.codecs.fp8 import Fp8, fp8
 from memjax.codecs.gguf import Gguf, from_gguf, q4_0, q4_1, q8_0, to_gguf
 from memjax.codecs.grouped import Grouped, int2, int3, int4, int6, int8
@@ -14,13 +15,16 @@ __all__ = [
     "BitsAndBytes",
     "Codec",
     "CodecError",
+    "Dynamic",
     "Fp8",
     "Gguf",
     "Grouped",
     "NestedScale",
     "Nf4",
     "Packed",
+    "Positive",
     "bipolar",
+    "dynamic",
     "error",
     "fp8",
     "from_bipolar",
@@ -33,6 +37,7 @@ __all__ = [
     "int8",
     "nf4",
     "pack",
+    "positive",
     "q4_0",
     "q4_1",
     "q8_0",

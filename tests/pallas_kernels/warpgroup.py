@@ -85,12 +85,15 @@ INSTRUCTIONS = {
     "shr.s32": lambda a, b: (a.view(I32) >> b.view(I32)).view(U32),
     "sub.u32": lambda a, b: a - b,
     "min.u32": np.minimum,
+    "max.u32": np.maximum,
     "mul.lo.u32": lambda a, b: a * b,
     "mul.hi.u32": lambda a, b: (a.astype(np.uint64) * b >> np.uint64(32)).astype(U32),
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "set.eq.u32.u32": lambda a, b: _flag(a == b),
+    "set.lt.u32.u32": lambda a, b: _flag(a < b),
+    "set.ge.u32.f32": lambda a, b: _flag(_f(a) >= _f(b)),
     "set.gt.u32.f32": lambda a, b: _flag(_f(a) > _f(b)),
     "add.f32": lambda a, b: _u(_f(a) + _f(b)),
     "sub.f32": lambda a, b: _u(_f(a) - _f(b)),
@@ -106,6 +109,7 @@ INSTRUCTIONS = {
     "max.NaN.f16x2": _packed(F16, np.maximum),
     "rcp.rn.f32": lambda a: _u(F32(1) / _f(a)),
     "rcp.approx.f32": lambda a: _u(F32(1) / _f(a)),
+    "sqrt.approx.f32": lambda a: _u(np.sqrt(_f(a))),
     "rsqrt.approx.f32": lambda a: _u(F32(1) / np.sqrt(_f(a))),
     "ex2.approx.f32": lambda a: _u(np.exp2(_f(a))),
     "cvt.rn.bf16x2.f32": _narrow(BF16),
@@ -204,10 +208,14 @@ class Warpgroup(Thread):
                 parts = [p.strip() for p in part.strip("{}").split(",")]
                 address = registers[place[0].strip()]
                 address = address + address.dtype.type(int(place[1]) if len(place) > 1 else 0)
+                if not chosen.any():
+                    registers |= {p: np.full(128, 0xDEAD, U32) for p in parts if name.startswith("ld.")}
+                    continue
+                address = np.where(chosen, address, address[chosen.argmax()])
                 memory, index = self._bytes(address, space, size * len(parts))
                 if name.startswith("ld."):
-                    assert chosen.all()
                     read = np.ascontiguousarray(memory[index]).view({2: np.uint16, 4: U32}[size])
+                    read[~chosen] = 0xDEAD  # of no use
                     registers |= {p: read[:, i].astype(U32) for i, p in enumerate(parts)}
                 else:
                     kind = {2: np.uint16, 4: U32}[size]

@@ -1,0 +1,182 @@
+"""Moments of optimizers as blockwise codes, and any elementwise optax transform with its moments kept so.
+
+A moment of a leaf is a `Packed` of the leaf's numbers, or float32 where the leaf is small. As many trailing axes of the
+leaf as fill whole blocks become one, so that axes before them (stacked layers) stay in front, and codes of a leaf whose
+last axis fills blocks are cut by a mesh as the leaf is.
+
+Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory Efficient Optimizers
+with 4-bit States" (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memjax.codecs.dynamic import dynamic, positive
+from memjax.codecs.packed import Codec, Packed
+from memjax.core.paths import Patterns, match, path_name
+from memjax.core.views import is_view
+from pallas_kernels._bits import pack
+
+LEAST = 4096
+"""Elements below which a leaf's moments stay float32."""
+BLOCKS = {8: 256, 4: 128}
+"""Bits -> elements that share a scale."""
+
+
+class StateFormat(NamedTuple):
+    """How moments are kept.
+
+    Attributes:
+      signed: codec of moments that have signs.
+      unsigned: codec of second moments.
+      least: elements below which a leaf's moments stay float32.
+    """
+
+    signed: Codec
+    unsigned: Codec
+    least: int = LEAST
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale."""
+        assert isinstance(self.signed.group, int)
+        return self.signed.group
+
+
+def state_format(bits: int = 8, block: int | None = None, least: int = LEAST) -> StateFormat:
+    """Returns the format of moments: dynamic codes; at 4 bits second moments have even levels without zero.
+
+    Args:
+      bits: 8 or 4.
+      block: elements that share a scale; None takes 256 at 8 bits and 128 at 4.
+      least: elements below which a leaf's moments stay float32.
+
+    Raises:
+      ValueError: other bits, or a block that is not positive and even.
+    """
+    if bits not in BLOCKS:
+        raise ValueError(f"moments are kept in 8 or 4 bits, got {bits}")
+    block = BLOCKS[bits] if block is None else block
+    if block < 2 or block % 2:
+        raise ValueError(f"expected an even number of elements in a block, got {block}")
+    unsigned = dynamic(bits, block, signed=False) if bits == 8 else positive(bits, block)
+    return StateFormat(dynamic(bits, block), unsigned, least)
+
+
+def stored_shape(shape: tuple[int, ...], form: StateFormat) -> tuple[int, ...] | None:
+    """Returns the shape as which a leaf's moments are encoded, or None for leaves whose moments stay float32."""
+    if math.prod(shape) < form.least or math.prod(shape) % form.block:
+        return None
+    axis, size = len(shape), 1
+    while size % form.block:
+        axis -= 1
+        size *= shape[axis]
+    return (*shape[:axis], size)
+
+
+def moment_bytes(shape: tuple[int, ...], form: StateFormat) -> int:
+    """Returns the bytes of one moment: ``size * bits / 8 + 4 * size / block``, or ``4 * size`` in float32."""
+    size = math.prod(shape)
+    if stored_shape(shape, form) is None:
+        return 4 * size
+    return size * form.signed.bits // 8 + 4 * (size // form.block)
+
+
+def zeros(leaf: Any, codec: Codec, form: StateFormat) -> Any:
+    """Returns the moment zero of a leaf: scales and codes of zero, or float32 zeros."""
+    shape = stored_shape(leaf.shape, form)
+    if shape is None:
+        return jnp.zeros(leaf.shape, jnp.float32)
+    codes = jnp.zeros((*shape[:-1], shape[-1] * codec.bits // 8), jnp.uint8)
+    scale = jnp.zeros((*shape[:-1], shape[-1] // form.block), jnp.uint32)
+    return Packed((codes,), scale, None, codec, (-1,), jnp.dtype(jnp.float32))
+
+
+def encode(moment: jax.Array, like: Any) -> Any:
+    """Returns a moment as ``like`` keeps it.
+
+    Args:
+      moment: float32, of the leaf's shape.
+      like: the moment before, `Packed` or float32.
+    """
+    if not isinstance(like, Packed):
+        return moment
+    codec = like.codec
+    assert isinstance(codec.group, int)
+    blocks = moment.reshape(*like.shape[:-1], -1, codec.group)
+    codes, scale, _ = codec.quantize(blocks, (-1,), None)
+    planes = pack(codes.reshape(like.shape), codec.bits, -1, codec.group)
+    return Packed(planes, scale.squeeze(-1), None, codec, (-1,), like.dtype)
+
+
+def decode(moment: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the float32 moment of a leaf of this shape."""
+    return moment.decode().reshape(shape) if isinstance(moment, Packed) else moment
+
+
+def is_moment(x: Any) -> bool:
+    """Returns whether ``x`` is an encoded moment (use as ``is_leaf=`` in `jax.tree` functions)."""
+    return isinstance(x, Packed)
+
+
+def check_params(params: Any) -> None:
+    """Raises TypeError if a leaf is a weight view."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_view)[0]:
+        if is_view(leaf):
+            raise TypeError(
+                f"{path_name(keys)} is a weight view ({type(leaf).__name__}), which has no moments: expected arrays; "
+                "train an adapter's parameters instead"
+            )
+
+
+def quantize_state(
+    inner: optax.GradientTransformation,
+    bits: int = 8,
+    *,
+    block: int | None = None,
+    least: int = LEAST,
+    unsigned: Patterns = ("**/{nu,v}", "**/{nu,v}/**"),
+) -> optax.GradientTransformation:
+    """Returns ``inner`` with the float32 arrays of its state kept as blockwise codes between steps.
+
+    Right for transforms whose large float32 state are moments: elementwise, and none the worse for a relative error
+    of a few percent. A step decodes them, so it takes room for float32 moments while it runs; `apply_adam8bit` does not.
+
+    Args:
+      inner: the transform.
+      bits: 8 or 4.
+      block, least: as in `state_format`.
+      unsigned: patterns (of paths within the state, such as ``nu/layers/kernel``) of second moments, never below zero.
+
+    Returns:
+      A transform whose state is that of ``inner`` with `Packed` for arrays of at least ``least`` elements.
+    """
+    form = state_format(bits, block, least)
+    patterns = [unsigned] if isinstance(unsigned, str) else unsigned
+
+    def is_unsigned(path: str, leaf: Any) -> bool:
+        return patterns(path, leaf) if callable(patterns) else any(match(pattern, path) for pattern in patterns)
+
+    def start(keys: Any, leaf: Any) -> Any:
+        if leaf.dtype != jnp.float32 or stored_shape(leaf.shape, form) is None:
+            return leaf
+        codec = form.unsigned if is_unsigned(path_name(keys), leaf) else form.signed
+        return encode(leaf, zeros(leaf, codec, form))
+
+    def init(params: Any) -> Any:
+        check_params(params)
+        return jax.tree_util.tree_map_with_path(start, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        shapes = jax.eval_shape(inner.init, updates if params is None else params)
+        dense = jax.tree.map(lambda m, s: decode(m, s.shape), state, shapes, is_leaf=is_moment)
+        found, dense = optax.with_extra_args_support(inner).update(updates, dense, params, **extra)
+        return found, jax.tree.map(encode, dense, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,95 @@
+"""Optimizer steps in one pass over memory: which implementation runs, and how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.codec.api import runs_kernel
+from pallas_kernels.optim import kernel, reference
+from pallas_kernels.packed_matmul.api import on_hopper
+
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
+DTYPES = ("bfloat16", "float32")
+
+
+def runs_alone() -> bool:
+    """Returns whether kernels can run: on a Hopper GPU, one device or inside shard_map, as XLA cannot cut a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return on_hopper() and (jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual))
+
+
+def heuristic(size: int) -> kernel.Config | None:
+    """Returns how to cut so many elements, or None where whole blocks do not fill them."""
+    for units in (2, 1):
+        if size and size % kernel.block_elements(kernel.Config(units)) == 0:
+            return kernel.Config(units)
+    return None
+
+
+def adam8bit_unsupported(size: int, block: int | None, params: Any, grads: Any) -> str | None:
+    """Returns why the kernel cannot take a leaf, or None if it can.
+
+    Args:
+      size: elements.
+      block: elements that share a scale; None for moments that are not 8-bit codes.
+      params, grads: dtypes.
+    """
+    if block != kernel.BLOCK:
+        return f"blocks of {block} 8-bit codes; the kernel takes blocks of {kernel.BLOCK}"
+    for name, dtype in (("parameters", params), ("gradients", grads)):
+        if jnp.dtype(dtype).name not in DTYPES:
+            return f"{name} of {jnp.dtype(dtype).name}; the kernel takes {' and '.join(DTYPES)}"
+    if heuristic(size) is None:
+        return f"{size} elements; the kernel takes multiples of {kernel.block_elements(kernel.Config(1))}"
+    return None
+
+
+def adam8bit_step(
+    p: jax.Array,
+    g: jax.Array,
+    m_codes: jax.Array,
+    m_scale: jax.Array,
+    v_codes: jax.Array,
+    v_scale: jax.Array,
+    scalars: jax.Array,
+    words: reference.Words | None = None,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Takes a step of Adam on a leaf whose moments are 8-bit codes, in place where the arguments are donated.
+
+    Args:
+      p: bfloat16 or float32 ``[n]``.
+      g: the gradient, bfloat16 or float32 ``[n]``.
+      m_codes, v_codes: uint8 ``[n]``, signed and unsigned dynamic codes.
+      m_scale, v_scale: scales of blocks, float32 bit patterns, uint32 ``[n / block]``.
+      scalars: of `adam_scalars`.
+      words: of `pallas_kernels._bits.seed_words`, to round bfloat16 parameters stochastically; None rounds to nearest.
+      implementation: ``"mosaic_gpu"`` (Hopper), ``"xla"`` and ``"reference"`` (here the same); None takes the kernel
+        on a Hopper GPU where it can run, else XLA.
+      interpret: run the kernel in the interpreter on a CPU.
+
+    Returns:
+      (p, m_codes, m_scale, v_codes, v_scale) after the step.
+
+    Raises:
+      ValueError: operands that do not fit each other, or ``"mosaic_gpu"`` where it cannot run; says why.
+    """
+    shapes = [x.shape for x in (g, m_codes, v_codes)]
+    if p.ndim != 1 or any(shape != p.shape for shape in shapes):
+        raise ValueError(f"expected gradients and codes of the parameters' shape {p.shape}, got {shapes}")
+    if m_scale.shape != v_scale.shape or not m_scale.size or p.size % m_scale.size:
+        raise ValueError(f"expected a scale per block of {p.size} elements, got {m_scale.shape} and {v_scale.shape}")
+    reason = adam8bit_unsupported(p.size, p.size // m_scale.size, p.dtype, g.dtype)
+    if not runs_kernel("8-bit Adam", reason, implementation):
+        return reference.adam8bit_step(p, g, m_codes, m_scale, v_codes, v_scale, scalars, words)
+    config = heuristic(p.size)
+    assert config is not None
+    seed = None if words is None else jnp.stack(words)
+    return kernel.adam8bit_step(
+        p, g, m_codes, m_scale, v_codes, v_scale, scalars, seed, config=config, interpret=interpret
+    )
