@@ -1,8 +1,8 @@
 """Adam, AdamW, Lion and SGD with momentum whose moments are kept in 8 or 4 bits.
 
 A step decodes a leaf's moments to float32, updates them, moves the parameters by the new float32 moments, and encodes
-them again. Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory Efficient
-Optimizers with 4-bit States" (2023); Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023) for Lion.
+them again. Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory
+Efficient Optimizers with 4-bit States" (2023); Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023).
 
 Bytes: `quantized_state.moment_bytes` per moment of a leaf (two for Adam, one for the others), and 4 for the count.
 """
@@ -21,7 +21,7 @@ from jax import lax
 
 from memjax.codecs.packed import Packed
 from memjax.optim.quantized_state import LEAST, StateFormat, check_params, decode, encode, state_format, zeros
-from pallas_kernels._bits import seed_words
+from memjax.optim.tables import leaf_words
 from pallas_kernels.optim import adam8bit_step, adam8bit_unsupported, adam_scalars, round_stochastic, runs_alone
 
 
@@ -34,7 +34,7 @@ class MomentState(NamedTuple):
       nu: second moments, the same; None where the method has none.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     mu: Any
     nu: Any = None
 
@@ -110,7 +110,7 @@ def _each_leaf(
     Returns:
       The first results in the structure of the first tree, and the state of the second results.
     """
-    tree = jax.tree.structure(trees[0])
+    tree: Any = jax.tree.structure(trees[0])
     kept = [moment for moment in (state.mu, state.nu) if moment is not None]
     firsts: list[Any] = []
     made: list[tuple[Any, ...]] = []
@@ -270,11 +270,10 @@ def _apply(
         decays = jax.tree.map(lambda _: how.weight_decay, params)
     else:
         decays = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: how.weight_decay if m else 0.0, sub), mask, params)
-    seed = None if how.seed is None else seed_words(how.seed)
+    seed = how.seed
 
     def step(index: int, p: jax.Array, g: jax.Array, decay: Any, *stored: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-        rounds = seed is not None and p.dtype == jnp.bfloat16
-        words = seed_words(jnp.stack([*seed, jnp.uint32(index), count.astype(jnp.uint32)])) if rounds else None
+        words = leaf_words(seed, index, count) if seed is not None and p.dtype == jnp.bfloat16 else None
 
         def move(first: Any, p: jax.Array, g: jax.Array, *stored: Any) -> tuple[Any, ...]:
             found, moments = rule(g.astype(jnp.float32), count, tuple(decode(m, g.shape) for m in stored))
@@ -295,7 +294,7 @@ def _apply(
 
 
 def _pieces(size: int, moment: Packed, chunk: int) -> int:
-    """Returns into how many equal parts of whole blocks, of at most ``chunk`` elements if that can be, a leaf is cut."""
+    """Returns into how many equal parts of whole blocks, of ``chunk`` elements if that can be, a leaf is cut."""
     assert isinstance(moment.codec.group, int)
     blocks = size // moment.codec.group
     return next(n for n in range(min(-(-size // chunk), blocks), blocks + 1) if blocks % n == 0)
@@ -314,6 +313,9 @@ def _in_pieces(move: Callable[..., Any], pieces: int, p: jax.Array, g: jax.Array
 
     cut = lax.fori_loop(0, pieces, body, cut)
     return list(jax.tree.map(lambda part, like: part.reshape(like.shape), cut, before))
+
+
+_step_by_kernel: Callable[..., tuple[jax.Array, ...]] = functools.partial(adam8bit_step, implementation="mosaic_gpu")
 
 
 def apply_adam8bit(
@@ -358,7 +360,7 @@ def apply_adam8bit(
         steps = count.astype(jnp.float32)
         scalars = adam_scalars(rate, b1, b2, eps, steps, decay)
         flat = [part.reshape(-1) for part in (p, g, m.planes[0], m.scale, v.planes[0], v.scale)]
-        made = adam8bit_step(*flat, scalars, words, implementation="mosaic_gpu")
+        made = _step_by_kernel(*flat, scalars=scalars, words=words)
         parts = [part.reshape(like.shape) for part, like in zip(made, (p, m.planes[0], m.scale, v.planes[0], v.scale))]
         new, m_codes, m_scale, v_codes, v_scale = parts
         return new, (
@@ -394,7 +396,5 @@ def apply_sgdm8bit(
 def _by_xla(how: dict[str, Any]) -> Applied:
     options = Applied(**how)
     if options.implementation not in (None, "xla"):
-        raise ValueError(
-            f"only Adam has a kernel: implementation must be 'xla' or None, got {options.implementation!r}"
-        )
+        raise ValueError(f"only Adam has a kernel: implementation 'xla' or None, got {options.implementation!r}")
     return options

@@ -146,7 +146,8 @@ def quantize_state(
     """Returns ``inner`` with the float32 arrays of its state kept as blockwise codes between steps.
 
     Right for transforms whose large float32 state are moments: elementwise, and none the worse for a relative error
-    of a few percent. A step decodes them, so it takes room for float32 moments while it runs; `apply_adam8bit` does not.
+    of a few percent. A step decodes them, so it takes room for float32 moments while it runs, which `apply_adam8bit`
+    does not.
 
     Args:
       inner: the transform.

@@ -22,7 +22,8 @@ def dynamic_levels(bits: int, signed: bool) -> np.ndarray:
     """Returns the float32 levels ``[2**bits]`` of the dynamic map, in order.
 
     Of n powers of ten, n = bits - 1, the i-th from 0 is divided into ``2**i`` (unsigned ``2**(i + 1)``) equal parts
-    between ``10**(i - n)`` and ``10**(i - n + 1)``; their middles are levels, with both signs if signed; so are 0 and 1.
+    between ``10**(i - n)`` and ``10**(i - n + 1)``; their middles are levels, with both signs if signed, and so are 0
+    and 1.
     """
     decades = bits - 1
     levels = [0.0, 1.0]

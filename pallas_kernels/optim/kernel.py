@@ -232,8 +232,8 @@ def adam8bit_step(
     """Returns (p, m_codes, m_scale, v_codes, v_scale) in the memory of what was given.
 
     Args:
-      p, g, m_codes, m_scale, v_codes, v_scale: as in `reference.adam8bit_step`, blocks of 256; the number of elements is
-        a multiple of `block_elements`.
+      p, g, m_codes, m_scale, v_codes, v_scale: as in `reference.adam8bit_step`, in blocks of 256; a multiple of
+        `block_elements`.
       scalars: of `reference.adam_scalars`.
       seed: uint32 ``[2]``, or None to round to nearest.
       config: how to cut the work.
@@ -251,11 +251,20 @@ def adam8bit_step(
         block = lax.axis_index("block")
         tiles = [ref.at[block] for ref in held]
         if interpret:
-            p_tile, *codes = (tile[...] for tile in tiles)
+            p_tile, m_tile, m_scales, v_tile, v_scales = (tile[...] for tile in tiles)
             read = None if seed is None else tuple(rest[2][:2])
             levels = lax.bitcast_convert_type(rest[1][: 2 * BLOCK], jnp.float32)
             made = reference.adam8bit_step(
-                p_tile, slope[block], *codes, rest[0][...], read, block * count, (levels[:BLOCK], levels[BLOCK:])
+                p_tile,
+                slope[block],
+                m_tile,
+                m_scales,
+                v_tile,
+                v_scales,
+                rest[0][...],
+                read,
+                block * count,
+                (levels[:BLOCK], levels[BLOCK:]),
             )
             for tile, part in zip(tiles, made):
                 tile[...] = part

@@ -174,5 +174,5 @@ def frugal_adam_step(
     moved = dense - at.rate * (m / (jnp.sqrt(v * at.root) + at.eps))
     # The runs in the order of their moments: those that have them come first.
     order = jnp.argsort(place, axis=1)[:, :kept, None]
-    new = (jnp.take_along_axis(moment, order, 1) for moment in (m, v))
-    return _round(jnp.where(held, moved, free), p.dtype, words, first), *new
+    new_m, new_v = (jnp.take_along_axis(moment, order, 1) for moment in (m, v))
+    return _round(jnp.where(held, moved, free), p.dtype, words, first), new_m, new_v
