@@ -1,0 +1,131 @@
+"""What optimizers with a small state learn in equally many steps: a byte-level language model, three seeds each.
+
+The model, the text and the batches are those of `activation_quality`: 10.7 million parameters, float32 masters,
+bfloat16 products, 400 steps of 16 windows of 256 bytes. Seed 0 trains with each of a method's candidate rates, and the
+rate of the lowest loss on the second half of the held-out windows is taken for all seeds; losses that are reported are
+of the first half, which decides nothing. A step's time is that of the whole training over its steps.
+
+    python -m benchmarks.optimizers
+    python -m benchmarks.optimizers --cases 'FRUGAL*' --keep
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import quality
+from benchmarks.activation_quality import SEEDS, Task, language_model
+from memjax import optim
+from memjax.recipes import data
+from memjax.recipes.data import Windows
+from memjax.recipes.evaluate import make_evaluate
+from memjax.recipes.train import init_state, make_step
+
+GAP = 50  # steps between changes of a subspace: eight in the run
+
+
+class Method(NamedTuple):
+    """An optimizer: learning-rate schedule -> transform, and candidate peak rates."""
+
+    make: Callable[[Any], optax.GradientTransformation]
+    rates: tuple[float, ...]
+
+
+_RATES = (1e-3, 2e-3, 4e-3)
+METHODS: dict[str, Method] = {
+    "AdamW": Method(lambda lr: optax.adamw(lr, weight_decay=0.0), _RATES),
+    "FRUGAL 0.25": Method(lambda lr: optim.frugal(lr, density=0.25, update_gap=GAP), _RATES),
+    "FRUGAL 0.25, without its state-free part": Method(
+        lambda lr: optim.frugal(lr, density=0.25, update_gap=GAP, state_free_scale=0.0), _RATES
+    ),
+    "FRUGAL 0": Method(lambda lr: optim.frugal(lr, density=0.0), _RATES),
+    "GaLore": Method(lambda lr: optim.galore(lr, 0.25, GAP), _RATES),
+    "Fira": Method(lambda lr: optim.fira(lr, 0.25, GAP), _RATES),
+    "APOLLO": Method(lambda lr: optim.apollo(lr, 0.25, GAP), _RATES),
+    "APOLLO-Mini": Method(lambda lr: optim.apollo_mini(lr, GAP), _RATES),
+    "LDAdam": Method(lambda lr: optim.ldadam(lr, 0.25), _RATES),
+    "AdamW, 8 bits": Method(lambda lr: optim.adamw8bit(lr, weight_decay=0.0), _RATES),
+    "AdamW, 4 bits": Method(lambda lr: optim.adamw4bit(lr, weight_decay=0.0), _RATES),
+    "Lion, 8 bits": Method(lambda lr: optim.lion8bit(lr, weight_decay=0.0), (1e-4, 3e-4, 1e-3)),
+}
+
+
+def measure(task: Task, method: Method, chosen_on: Windows) -> dict[str, Any]:
+    """Trains with every rate and seed and returns the row of a method."""
+    loss = task.loss_fn("none")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(theta: Any, batches: Windows, lr: Any) -> tuple[Any, Any]:
+        shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, task.steps // 10), task.steps, 0.1)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), method.make(lambda count: lr * shape(count)))
+        step = make_step(loss, tx)
+        state, metrics = jax.lax.scan(lambda state, batch: step(state, {}, batch), init_state(theta, tx), batches)
+        return state.theta, metrics.loss
+
+    evaluate = make_evaluate(loss)
+    after, rates, times, best, lr = [], {}, [], math.inf, method.rates[0]
+    for seed in SEEDS:
+        loader = data.Loader(task.train, task.batch, seed)
+        parts = [loader.batch_at(i)[:3] for i in range(task.steps)]
+        batches = jax.device_put(Windows(*(np.stack(field) for field in zip(*parts))))
+        kept: Any = None
+        for rate in method.rates if seed == SEEDS[0] else (lr,):
+            start = time.perf_counter()
+            theta, _ = jax.block_until_ready(train(task.start(seed)[0], batches, rate))
+            times.append(time.perf_counter() - start)
+            if seed == SEEDS[0]:
+                rates[str(rate)] = evaluate(theta, {}, chosen_on, 16).nll
+                if not rates[str(rate)] < best:
+                    continue
+                best, lr = rates[str(rate)], rate
+            kept = theta
+        after.append(math.nan if kept is None else evaluate(kept, {}, task.held_out, 16).nll)
+    params = task.start(SEEDS[0])[0]
+    state = jax.eval_shape(method.make(lr).init, params)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {
+        "parameters": count,
+        "layers": task.model.config.num_layers,
+        "state_bytes": optim.state_bytes(state),
+        "state_bytes_per_parameter": optim.state_bytes(state) / count,
+        "steps": task.steps,
+        "batch": [task.batch, int(task.train.inputs.shape[1])],
+        "seeds": list(SEEDS),
+        "lr": lr,
+        "rates": rates,
+        "step_ms": 1e3 * min(times) / task.steps,
+        "after": after,
+        "after_mean": statistics.mean(after),
+        "after_std": statistics.stdev(after),
+    }
+
+
+def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Returns the cases, which share the text."""
+
+    @functools.cache
+    def task() -> tuple[Task, Windows]:
+        made = language_model(options)
+        half = len(made.held_out.inputs) // 2
+        reported, chosen_on = quality.head(made.held_out, 0, half), quality.head(made.held_out, half, 2 * half)
+        return dataclasses.replace(made, held_out=reported), chosen_on
+
+    return {name: lambda method=method: measure(task()[0], method, task()[1]) for name, method in METHODS.items()}
+
+
+if __name__ == "__main__":
+    quality.main("optimizers", cases_of)
