@@ -1,12 +1,14 @@
-"""PartitionSpecs of optimizer state, from those of the parameters."""
+"""Shardings of optimizer state, from those of the parameters."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax.core.paths import leaf_paths, path_name
 from memjax.optim.matrices import matrix_shape, matrix_spec
@@ -14,46 +16,49 @@ from memjax.optim.matrices import matrix_shape, matrix_spec
 _sliced: set[type] = set()
 
 
-def register_sliced(state_type: type) -> type:
-    """Says of a state's type that its matrices hold slices of the parameter's rows or columns, shard by shard.
+def register_sliced[State: type](state_type: State) -> State:
+    """Says of a state's type that its matrices ``[B, ., .]`` hold rows or columns of the parameter, shard by shard.
 
-    A sliced axis then keeps the sharding of the axis that it was cut from. Usable as a decorator.
+    A sliced axis then keeps the sharding of the axis that it was cut from, where its size allows. A decorator.
     """
     _sliced.add(state_type)
     return state_type
 
 
-def state_specs(tx: optax.GradientTransformation, params: Any, specs: Any) -> Any:
+def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
     """Returns how the state of ``tx`` is sharded so that each device updates its own part of the parameters.
 
-    An array of the state that belongs to a parameter (its path holds the parameter's) and has its shape takes its
-    spec; one that is a stack of matrices takes, axis by axis, the spec of the parameter's axes of the same size;
+    An array of the state that belongs to a parameter (its path holds the parameter's) and has its shape is sharded as
+    the parameter; one that is a stack of matrices takes, axis by axis, what the parameter's axes of the same size have;
     all others are replicated.
 
     Args:
       tx: any optax transformation.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      specs: tree of ``params`` with a `PartitionSpec` for every leaf.
+      shardings: tree of ``params`` with a `NamedSharding` for every leaf.
 
     Returns:
-      The tree of ``tx.init(params)`` with a `PartitionSpec` for every array.
-    """
-    state = jax.eval_shape(tx.init, params)
-    leaves = leaf_paths(params)
-    flat = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    table = {path: (leaf, spec) for (path, leaf), spec in zip(leaves, flat, strict=True)}
-    by_length = sorted(table, key=len, reverse=True)
+      The tree of ``tx.init(params)`` with a `NamedSharding` for every array.
 
-    def assign(path: str, leaf: Any, sliced: bool) -> PartitionSpec:
+    Raises:
+      ValueError: no sharding at all, from which to take the mesh.
+    """
+    flat = jax.tree.leaves(shardings)
+    if not flat:
+        raise ValueError("params without leaves have no mesh to shard state over")
+    table = {path: (leaf, sharding.spec) for (path, leaf), sharding in zip(leaf_paths(params), flat, strict=True)}
+    by_length, mesh = sorted(table, key=len, reverse=True), flat[0].mesh
+
+    def assign(path: str, leaf: Any, sliced: bool) -> NamedSharding:
         owner = next((name for name in by_length if f"/{name}/" in f"/{path}/"), None)
-        if owner is None or not leaf.ndim:
-            return PartitionSpec()
-        param, spec = table[owner]
-        if leaf.shape == param.shape:
-            return spec
-        if param.ndim < 2 or leaf.ndim != 3:
-            return PartitionSpec()
-        return _matrix_spec(leaf, param, spec, sliced and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating))
+        spec = PartitionSpec()
+        if owner is not None:
+            param, given = table[owner]
+            if leaf.shape == param.shape:
+                spec = given
+            elif param.ndim >= 2 and leaf.ndim == 3:
+                spec = _matrix_spec(leaf, param, given, mesh, sliced and jnp.issubdtype(leaf.dtype, jnp.floating))
+        return NamedSharding(mesh, spec)
 
     def under(keys: Any, node: Any) -> Any:
         sliced = type(node) in _sliced
@@ -61,14 +66,16 @@ def state_specs(tx: optax.GradientTransformation, params: Any, specs: Any) -> An
             lambda inner, leaf: assign(path_name((*keys, *inner)), leaf, sliced), node
         )
 
+    state = jax.eval_shape(tx.init, params)
     return jax.tree_util.tree_map_with_path(under, state, is_leaf=lambda x: type(x) in _sliced)
 
 
-def _matrix_spec(leaf: Any, param: Any, spec: PartitionSpec, sliced: bool) -> PartitionSpec:
-    names = [*spec, *[None] * (param.ndim - len(spec))]
-    axes = matrix_spec(param)
-    batch = names[0] if len(axes.batch) == 1 else None
-    sizes = matrix_shape(param.shape, axes)
-    wanted = (batch, names[-2], names[-1])
-    keeps = [have == full or (sliced and i > 0) for i, (have, full) in enumerate(zip(leaf.shape, sizes))]
-    return PartitionSpec(*(name if keep else None for name, keep in zip(wanted, keeps)))
+def _matrix_spec(leaf: Any, param: Any, given: PartitionSpec, mesh: Any, sliced: bool) -> PartitionSpec:
+    """Returns the spec of a stack of matrices ``[B, ., .]`` that belongs to a parameter."""
+    axes = [*given, *[None] * (param.ndim - len(given))]
+    names = (axes[0] if param.ndim == 3 else None, axes[-2], axes[-1])
+    found = []
+    for name, size, whole in zip(names, leaf.shape, matrix_shape(param.shape, matrix_spec(param))):
+        parts = math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name or ()))
+        found.append(name if size == whole or (sliced and size % parts == 0) else None)
+    return PartitionSpec(*found)

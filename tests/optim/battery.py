@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+import memjax as mj
 from memjax import optim
 from memjax.codecs import int4
 from memjax.core import leaf_paths
@@ -75,6 +76,41 @@ def matrices(tree):
     return found, rest
 
 
+def adam_bytes(elements):
+    """Two float32 moments."""
+    return 8 * elements
+
+
+def frugal_columns(tree, density=0.25, axis=-2, group=1, shards=1):
+    """Moments of the selected and the whole, a table of every matrix, the counters of leaves, whole and step."""
+    split, rest = matrices(tree)
+    total = adam_bytes(rest) + 4 + 4
+    for _, batch, *size in split:
+        groups = size[axis] // group
+        kept = max(int(groups // shards * density), 1) * shards * group
+        total += adam_bytes(batch * kept * size[-3 - axis]) + 4 * batch * groups + 4
+    return total
+
+
+def frugal_randk(tree, density=0.25):
+    split, rest = matrices(tree)
+    return adam_bytes(rest) + 8 + sum(8 * b * m * int(n * density) + 4 * b * (m + n) + 4 for _, b, m, n in split)
+
+
+def frugal_blocks(tree):
+    """Of 3 + 3 + 1 matrices of three sizes round(7 / 4) = 2 have moments, one of each stack."""
+    split, rest = matrices(tree)
+    stacks = [(b, m * n) for _, b, m, n in split if b > 1]
+    return adam_bytes(rest) + 8 + sum(8 * size + 4 * count + 4 for count, size in stacks)
+
+
+def frugal(**settings):
+    def make(learning_rate=1e-2, b1=0.9):
+        return mj.optim.frugal(learning_rate, update_gap=GAP, b1=b1, **settings)
+
+    return make
+
+
 OPTIMIZERS = [
     Row(
         "adamw",
@@ -119,4 +155,20 @@ OPTIMIZERS = [
         lambda p: optim.ldadam_state_bytes(p, 4),
         bits32=False,
     ),
+    Row("frugal_columns", frugal(axis="input"), frugal_columns),
+    Row(
+        "frugal_outputs",
+        frugal(axis="output", group=2, stagger=True),
+        lambda p: frugal_columns(p, axis=-1, group=2),
+        fsdp=False,
+    ),
+    Row(
+        "frugal_output_shards",
+        frugal(axis="output", shards=8, group=1, density=0.5),
+        lambda p: frugal_columns(p, 0.5, axis=-1, shards=8),
+        fsdp=True,
+    ),
+    Row("frugal_blockwise", frugal(split="blockwise"), frugal_blocks),
+    Row("frugal_randk", frugal(split="randk", on_switch="project"), frugal_randk, fsdp=False),
+    Row("frugal_sign", frugal(density=0.0), lambda p: adam_bytes(matrices(p)[1]) + 8),
 ]

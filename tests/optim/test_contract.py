@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memjax as mj
 from memjax.core import leaf_paths
-from memjax.optim.sharding import state_specs
 from tests.optim.battery import GAP, OPTIMIZERS, grads, params
 
 STEPS = 4 * GAP + 1
@@ -173,8 +172,8 @@ def test_sharded_state_updates_its_own_shards(row):
     def shard(spec):
         return NamedSharding(mesh, spec)
 
-    by_spec = functools.partial(jax.tree.map, shard, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    shardings, state_shardings = by_spec(specs), by_spec(state_specs(tx, p, specs))
+    shardings = jax.tree.map(shard, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    state_shardings = mj.optim.state_shardings(tx, p, shardings)
     # Half of the batch pulls one way, the other half, harder, the other: signs of parts would cancel or differ.
     slopes = np.float32(np.random.default_rng(5).standard_normal(8) + np.where(np.arange(8) % 2, 30.0, -31.0))
 
