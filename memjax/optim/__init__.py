@@ -1,24 +1,53 @@
 """Optimizers whose state is small: transformations for any optax chain."""
 
 from memjax.optim.accounting import init_bytes, state_bytes
+from memjax.optim.adam8bit import (
+    adam4bit,
+    adam8bit,
+    adamw4bit,
+    adamw8bit,
+    apply_adam8bit,
+    apply_lion8bit,
+    apply_sgdm8bit,
+    lion8bit,
+    scale_by_adam8bit,
+    scale_by_lion8bit,
+    scale_by_sgdm8bit,
+    sgdm8bit,
+)
 from memjax.optim.apollo import apollo, apollo_mini, apollo_state_bytes, scale_by_apollo
 from memjax.optim.bf16 import apply_updates_stochastic, round_stochastic
 from memjax.optim.fira import fira, fira_state_bytes, scale_by_fira
 from memjax.optim.frugal import FrugalState, apply_frugal, frugal, frugal_static, resize_frugal, scale_by_frugal
+from memjax.optim.fused_step import FusedMetrics, LossParts, fused_step, parts_of_stages
 from memjax.optim.galore import galore, galore_state_bytes, scale_by_galore
 from memjax.optim.ldadam import ldadam, ldadam_state_bytes, scale_by_ldadam, transport_moments
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
+from memjax.optim.mezo import Mezo, MezoMetrics, MezoState, mezo
 from memjax.optim.q_galore import q_galore, q_galore_state_bytes, scale_by_q_galore
+from memjax.optim.quantized_state import quantize_state
 from memjax.optim.routing import label
 from memjax.optim.sharding import state_shardings
 
 __all__ = [
     "FrugalState",
+    "FusedMetrics",
+    "LossParts",
     "MatrixSpec",
+    "Mezo",
+    "MezoMetrics",
+    "MezoState",
+    "adam4bit",
+    "adam8bit",
+    "adamw4bit",
+    "adamw8bit",
     "apollo",
     "apollo_mini",
     "apollo_state_bytes",
+    "apply_adam8bit",
     "apply_frugal",
+    "apply_lion8bit",
+    "apply_sgdm8bit",
     "apply_updates_stochastic",
     "as_matrices",
     "fira",
@@ -26,24 +55,33 @@ __all__ = [
     "from_matrices",
     "frugal",
     "frugal_static",
+    "fused_step",
     "galore",
     "galore_state_bytes",
     "init_bytes",
     "label",
     "ldadam",
     "ldadam_state_bytes",
+    "lion8bit",
     "matrix_shape",
     "matrix_spec",
+    "mezo",
+    "parts_of_stages",
     "q_galore",
     "q_galore_state_bytes",
+    "quantize_state",
     "resize_frugal",
     "round_stochastic",
+    "scale_by_adam8bit",
     "scale_by_apollo",
     "scale_by_fira",
     "scale_by_frugal",
     "scale_by_galore",
     "scale_by_ldadam",
+    "scale_by_lion8bit",
     "scale_by_q_galore",
+    "scale_by_sgdm8bit",
+    "sgdm8bit",
     "state_bytes",
     "state_shardings",
     "transport_moments",
