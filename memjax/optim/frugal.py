@@ -23,20 +23,21 @@ from memjax.core.views import Axes
 from memjax.optim import routing, splits, tables
 from memjax.optim.bf16 import apply_updates_stochastic
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
-from memjax.optim.sharding import register_sliced
-from memjax.optim.splits import Blocks, Columns, RandK, Split
+from memjax.optim.quantized_state import quantize_state
+from memjax.optim.sharding import sliced
+from memjax.optim.splits import Blocks, Columns, Orthogonal, RandK, Split
 
-SplitName = Literal["columns", "blockwise", "randk"]
+SplitName = Literal["columns", "blockwise", "randk", "svd", "eigh", "subspace_iteration", "random"]
 StateFree = Literal["sign", "sgd", "none"]
 OnSwitch = Literal["reset", "project", "keep"]
 frugal_static = (
-    "density", "mask", "split", "axis", "group", "shards", "block_order", "state_free", "inner", "on_switch", "stagger",
-    "rules", "axes",
+    "density", "mask", "split", "axis", "group", "shards", "block_order", "state_free", "inner", "state_bits",
+    "on_switch", "stagger", "rules", "axes",
 )  # fmt: skip
 """Arguments of `frugal` that decide shapes or structure, for `optax.inject_hyperparams`."""
 
 
-@register_sliced
+@sliced("moments")
 class FrugalState(NamedTuple):
     """State of `scale_by_frugal`; a unit is a leaf, or for blocks the first leaf of those with matrices of one size.
 
@@ -132,6 +133,9 @@ class Settings:
             return None
         if self.split == "randk":
             return RandK(shape, tables.kept_count(shape[2], density))
+        if self.split != "columns":
+            assert self.split != "blockwise"
+            return Orthogonal(shape, max(1, round(min(shape[1:]) * density)), self.split)
         axis = -1 if self.axis == "output" else -2
         size = shape[axis] // self.shards
         group = (math.gcd(size, 32) if axis == -1 else 1) if self.group is None else self.group
@@ -203,6 +207,7 @@ def scale_by_frugal(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    state_bits: Literal[32, 8, 4] = 32,
     on_switch: OnSwitch = "reset",
     stagger: bool = False,
     subspace_scale: float = 1.0,
@@ -220,7 +225,9 @@ def scale_by_frugal(
         that matches a leaf's path holds.
       update_gap: steps from one switch to the next.
       split: what has state: ``"columns"``, or rows, of every matrix; ``"blockwise"``, whole matrices in turn (of a
-        stack, its slices), each size of matrix with its share; ``"randk"``, as many entries of every row.
+        stack, its slices), each size of matrix with its share; ``"randk"``, as many entries of every row; or a subspace
+        of the shorter side: ``"svd"``, of the leading singular vectors of the gradient, the same by ``"eigh"``, nearly
+        so by ``"subspace_iteration"`` (see `low_rank.find_subspace`), or ``"random"``.
       axis: of columns: ``"input"`` (default) or ``"output"``. Choose one that is not sharded.
       group: columns: adjacent ones that are chosen together; default 1 for inputs, which lie in rows, and 32 (or what
         divides) for outputs.
@@ -230,6 +237,7 @@ def scale_by_frugal(
       state_free_scale: factor of that update.
       inner: any optax transform that needs no parameters to start; default Adam with ``b1``, ``b2``, ``eps``.
       b1, b2, eps: of Adam, where ``inner`` is None.
+      state_bits: 32, or 8 or 4 for moments as blockwise codes, see `quantize_state`.
       on_switch: ``"reset"`` starts the inner transform anew, ``"project"`` keeps the moments of what stays selected and
         carries others over into the new basis, ``"keep"`` leaves moments where they are, as GaLore does.
       stagger: switch leaves (for blocks, sizes) one after the other, spread over the gap, instead of all at once.
@@ -256,6 +264,11 @@ def scale_by_frugal(
     base = optax.scale_by_adam(b1, b2, eps) if inner is None else inner
     whole_inner = optax.with_extra_args_support(base)
     selected_inner = _switching(base, on_switch)
+    if state_bits != 32:
+        whole_inner, selected_inner = (
+            quantize_state(whole_inner, state_bits),
+            quantize_state(selected_inner, state_bits),
+        )
     free = _state_free(state_free, state_free_scale)
 
     def keep_whole(tree: Any, whole: set[int]) -> Any:
@@ -345,6 +358,7 @@ def frugal(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    state_bits: Literal[32, 8, 4] = 32,
     on_switch: OnSwitch = "reset",
     stagger: bool = False,
     subspace_scale: float = 1.0,
@@ -379,6 +393,7 @@ def frugal(
         b1=b1,
         b2=b2,
         eps=eps,
+        state_bits=state_bits,
         on_switch=on_switch,
         stagger=stagger,
         subspace_scale=subspace_scale,

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax.core.paths import leaf_paths, path_name
 from memjax.optim.matrices import matrix_shape, matrix_spec
 
-_sliced: set[type] = set()
+_sliced: dict[type, str] = {}
 
 
-def register_sliced[State: type](state_type: State) -> State:
-    """Says of a state's type that its matrices ``[B, ., .]`` hold rows or columns of the parameter, shard by shard.
+def sliced(field: str) -> Callable[[type], type]:
+    """Says of a state's type that the matrices ``[B, ., .]`` of a field hold rows or columns of the parameter.
 
     A sliced axis then keeps the sharding of the axis that it was cut from, where its size allows. A decorator.
     """
-    _sliced.add(state_type)
-    return state_type
+
+    def register(state_type: type) -> type:
+        _sliced[state_type] = field
+        return state_type
+
+    return register
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
@@ -57,13 +61,16 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
             if leaf.shape == param.shape:
                 spec = given
             elif param.ndim >= 2 and leaf.ndim == 3:
-                spec = _matrix_spec(leaf, param, given, mesh, sliced and jnp.issubdtype(leaf.dtype, jnp.floating))
+                spec = _matrix_spec(leaf, param, given, mesh, sliced)
         return NamedSharding(mesh, spec)
 
     def under(keys: Any, node: Any) -> Any:
-        sliced = type(node) in _sliced
+        field = _sliced.get(type(node))
         return jax.tree_util.tree_map_with_path(
-            lambda inner, leaf: assign(path_name((*keys, *inner)), leaf, sliced), node
+            lambda inner, leaf: assign(
+                path_name((*keys, *inner)), leaf, field is not None and path_name(inner[:1]) == field
+            ),
+            node,
         )
 
     state = jax.eval_shape(tx.init, params)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from memjax.core.random_bits import hash_bits
-from memjax.optim import tables
+from memjax.optim import low_rank, tables
 
 BlockOrder = Literal["random", "ascending", "descending", "mirror"]
 Transport = Callable[[jax.Array, bool], jax.Array]
@@ -194,7 +194,62 @@ class Blocks:
         return carry
 
 
-Split = Columns | RandK | Blocks
+@dataclasses.dataclass(frozen=True)
+class Orthogonal:
+    """A subspace of the shorter side of every matrix, spanned by orthonormal columns.
+
+    The rest is orthogonal to it as a whole, but its sign is not: as in the reference, the part without state leaks into
+    the subspace.
+
+    Attributes:
+      shape: ``(B, m, n)``.
+      rank: dimension of the subspace.
+      method: how it is found, see `low_rank.find_subspace`.
+    """
+
+    shape: tuple[int, int, int]
+    rank: int
+    method: low_rank.Method
+
+    @property
+    def axis(self) -> int:
+        """The shorter axis; of two that are alike the inputs."""
+        return -2 if self.shape[1] <= self.shape[2] else -1
+
+    @property
+    def selected_shape(self) -> tuple[int, ...]:
+        return (self.shape[0], self.rank, self.shape[2]) if self.axis == -2 else (*self.shape[:2], self.rank)
+
+    def init(self) -> jax.Array:
+        return jnp.zeros((self.shape[0], self.shape[self.axis], self.rank), jnp.float32)
+
+    def draw(self, seed: Any, unit: int, epoch: jax.Array, gradients: list[jax.Array], table: Any) -> Any:
+        own = jnp.arange(self.shape[0], dtype=jnp.uint32)
+        words = jnp.stack([*(jnp.full_like(own, w) for w in tables.leaf_words(seed, unit, epoch)), own], axis=1)
+
+        def find(operands: Any) -> jax.Array:
+            matrix, before, word = operands
+            return low_rank.find_subspace(matrix, before, self.axis, self.rank, self.method, word, epoch == 0)
+
+        return lax.map(find, (gradients[0], table, words))
+
+    def divide(self, gradients: list[jax.Array], table: Any) -> tuple[jax.Array, list[jax.Array]]:
+        selected = low_rank.project(gradients[0], table, self.axis)
+        return selected, [gradients[0] - low_rank.project_back(selected, table, self.axis, gradients[0].dtype)]
+
+    def join(self, selected: jax.Array, rest: list[jax.Array], table: Any) -> list[jax.Array]:
+        return [low_rank.project_back(selected, table, self.axis, jnp.float32) + rest[0]]
+
+    def transport(self, before: Any, after: Any) -> Transport:
+        change = jnp.einsum("bsi,bsj->bij", after, before, precision=low_rank.HIGHEST)
+
+        def carry(moment: jax.Array, squared: bool) -> jax.Array:
+            return low_rank.project(moment, jnp.swapaxes(change**2 if squared else change, -1, -2), self.axis)
+
+        return carry
+
+
+Split = Columns | RandK | Blocks | Orthogonal
 
 
 def block_sequence(total: int, order: BlockOrder) -> np.ndarray:

@@ -104,6 +104,16 @@ def frugal_blocks(tree):
     return adam_bytes(rest) + 8 + sum(8 * size + 4 * count + 4 for count, size in stacks)
 
 
+def frugal_svd(tree, density=0.25):
+    """A basis of the shorter side and moments along the longer one."""
+    split, rest = matrices(tree)
+    total = adam_bytes(rest) + 8
+    for _, batch, m, n in split:
+        rank = round(min(m, n) * density)
+        total += 4 * batch * rank * min(m, n) + adam_bytes(batch * rank * max(m, n)) + 4
+    return total
+
+
 def frugal(**settings):
     def make(learning_rate=1e-2, b1=0.9):
         return mj.optim.frugal(learning_rate, update_gap=GAP, b1=b1, **settings)
@@ -170,5 +180,7 @@ OPTIMIZERS = [
     ),
     Row("frugal_blockwise", frugal(split="blockwise"), frugal_blocks),
     Row("frugal_randk", frugal(split="randk", on_switch="project"), frugal_randk, fsdp=False),
+    Row("frugal_subspace_iteration", frugal(split="subspace_iteration"), frugal_svd, fsdp=False),
+    Row("frugal_random", frugal(split="random", on_switch="project"), frugal_svd, fsdp=False),
     Row("frugal_sign", frugal(density=0.0), lambda p: adam_bytes(matrices(p)[1]) + 8),
 ]

@@ -11,7 +11,7 @@ import pytest
 import memjax as mj
 from memjax.core import compiled_bytes
 from memjax.optim import tables
-from memjax.optim.splits import block_quotas, block_sequence
+from memjax.optim.splits import Orthogonal, block_quotas, block_sequence
 
 GAP, STEPS = 20, 50
 RNG = np.random.default_rng(0)
@@ -90,6 +90,60 @@ def test_equals_a_transcription_of_the_reference_over_two_switches(split, settin
         1e-2, update_gap=GAP, split=split, weight_decay=0.1, state_free_scale=0.5, subspace_scale=0.3, **settings
     )
     assert_near(train(tx)[0], reference(masks(split, **settings)))
+
+
+@pytest.mark.parametrize("split", ["svd", "eigh"])
+def test_singular_subspaces_equal_a_transcription(split):
+    """Moments in the basis of the last switch, sign descent on what is orthogonal to it."""
+    tx = mj.optim.frugal(1e-2, 0.25, update_gap=GAP, split=split, state_free_scale=0.5, rules={"lm_head": "full"})
+    found = train(tx)[0]
+    for name, side in (("wide", 0), ("tall", 1)):
+        p, b1, b2 = np.float64(PARAMS[name]), 0.9, 0.999
+        for t in range(STEPS):
+            g = np.float64(GRADS[t][name])
+            if side:
+                g = g.T
+            if t % GAP == 0:
+                basis, m, v, local = np.linalg.svd(g)[0][:, :2], 0, 0, 0
+            r, local = basis.T @ g, local + 1
+            m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r**2
+            u = basis @ (m / (1 - b1**local) / (np.sqrt(v / (1 - b2**local)) + 1e-8))
+            step = u + 0.5 * np.sign(g - basis @ r)
+            p -= 1e-2 * (step.T if side else step)
+        assert_near({name: found[name]}, {name: p})
+
+
+def test_moments_are_carried_into_a_new_basis():
+    split = Orthogonal((1, 6, 8), 6, "random")
+    rotation = np.linalg.qr(RNG.standard_normal((6, 6)))[0]
+    before = jnp.eye(6)[None]
+    carry = split.transport(before, jnp.asarray(rotation, jnp.float32)[None])
+    moment = RNG.standard_normal((1, 6, 8))
+    np.testing.assert_allclose(carry(jnp.float32(moment), False)[0], rotation.T @ moment[0], atol=1e-5)
+    np.testing.assert_allclose(carry(jnp.float32(moment), True)[0], rotation.T**2 @ moment[0], atol=1e-5)
+    same = split.transport(before, before)
+    np.testing.assert_allclose(same(jnp.float32(moment), True), moment, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_moments_in_few_bits(bits):
+    """Bytes by the formula, leaves that are kept whole too, and a path near that of float32 moments."""
+    params = {"layers": {"kernel": jnp.ones((2, 64, 128))}, "embed_tokens": {"embedding": jnp.ones((64, 64))}}
+    settings = {"update_gap": 2, "seed": 3}
+    tx = mj.optim.scale_by_frugal(0.5, state_bits=bits, **settings)
+    sizes = (2 * 32 * 128, 64 * 64)
+    block = {8: 256, 4: 128}[bits]
+    moments = sum(2 * (size * bits // 8 + 4 * size // block) for size in sizes)
+    assert mj.optim.init_bytes(tx, params) == moments + 4 * 2 * 64 + 3 * 4
+    exact = mj.optim.scale_by_frugal(0.5, **settings)
+    state, wanted = tx.init(params), exact.init(params)
+    ours, theirs = jax.jit(tx.update), jax.jit(exact.update)
+    for i in range(4):
+        g = jax.tree.map(lambda p, rng=np.random.default_rng(i): np.float32(rng.standard_normal(p.shape)), params)
+        found, state = ours(g, state, params)
+        sound, wanted = theirs(g, wanted, params)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(sound)):
+            assert np.linalg.norm(x - y) < {8: 0.05, 4: 0.35}[bits] * np.linalg.norm(y)
 
 
 def test_sgd_as_state_free_part_and_moments_that_stay_where_they_stay_selected():
