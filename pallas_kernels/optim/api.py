@@ -9,16 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.codec.api import runs_kernel
 from pallas_kernels.optim import kernel, reference
-from pallas_kernels.packed_matmul.api import on_hopper
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 DTYPES = ("bfloat16", "float32")
-
-
-def runs_alone() -> bool:
-    """Returns whether kernels can run: on a Hopper GPU, one device or inside shard_map, as XLA cannot cut a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return on_hopper() and (jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual))
 
 
 def heuristic(size: int) -> kernel.Config | None:
