@@ -64,7 +64,7 @@ def test_fifty_steps_are_those_of_a_transcription():
 def test_blocks_of_one_element_are_adam():
     updates, _ = run(optim.scale_by_adam_mini(rules={"**": "element"}), 3)
     expected, _ = run(optax.scale_by_adam(), 3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), updates, expected)
 
 
 def test_heads_in_another_order_move_in_that_order():
@@ -89,7 +89,7 @@ def test_eight_bits_of_first_moment_take_a_byte():
 
 
 def test_what_is_not_said_warns_and_what_cannot_be_raises():
-    with pytest.warns(UserWarning, match="up: one per output neuron"):
+    with pytest.warns(UserWarning, match="blocks of up are: one per output"):
         optim.scale_by_adam_mini(rules={"q": 4}).init(tree(0))
     for rules, said in (({"q": 3}, "q: 3 heads"), ({"norm": "neuron"}, "norm"), ({"up": "column"}, "up: a block is")):
         with pytest.raises(ValueError, match=said):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax import optim
+from memjax import codecs, optim
 from memjax.core import nbytes
 
 SHAPE, DENSITY, WINDOW, GROUP = (40, 120), 0.05, 3, 64
@@ -18,22 +18,7 @@ def gradient(step):
 
 
 def quantized(x):
-    """Returns groups as 4-bit codes between their least and greatest elements, stored in bfloat16, give them."""
-    f = np.float32
-    groups = x.reshape(-1, GROUP)
-
-    def stored(values, up):
-        bits = np.asarray(jnp.asarray(values, jnp.bfloat16)).view(np.uint16)
-        rounded = (bits.astype(np.uint32) << 16).view(f)
-        wrong = rounded < values if up else rounded > values
-        step = np.where((rounded > 0) == up, 1, -1)
-        moved = np.where(wrong, bits + step, bits).astype(np.uint32) << 16
-        return moved.view(f)
-
-    low = stored(groups.min(1, keepdims=True), False)
-    scale = stored((groups.max(1, keepdims=True) - low) / f(15), True)
-    codes = np.clip(np.round((groups - low) / np.where(scale == 0, 1, scale)), 0, 15)
-    return (codes * scale + low).reshape(x.shape)
+    return np.asarray(codecs.int4(GROUP, symmetric=False).encode(jnp.asarray(x), -1).decode())
 
 
 def test_fifty_steps_are_those_of_a_transcription():
