@@ -59,7 +59,7 @@ def _view(path: str, shape: tuple[int, ...], block: Block) -> _View:
             raise ValueError(f"{path}: {block} heads do not divide the last axis of a matrix of shape {shape}")
         return _View((*shape[:-1], block, shape[-1] // block), (-3, -1))
     axes = {"row": (-1,), "neuron": (-2,)}.get(block) if isinstance(block, str) else block
-    if axes is None:
+    if not isinstance(axes, tuple):
         raise ValueError(f"{path}: a block is 'neuron', 'row', 'element', a number of heads or axes, got {block!r}")
     if any(not -ndim <= axis < 0 for axis in axes):
         raise ValueError(f"{path}: {block!r} takes the mean over axes {axes}, which shape {shape} has not")
