@@ -15,6 +15,7 @@ from memjax.optim.adam8bit import (
     scale_by_sgdm8bit,
     sgdm8bit,
 )
+from memjax.optim.adam_mini import adam_mini, adam_mini_state_bytes, scale_by_adam_mini
 from memjax.optim.apollo import apollo, apollo_mini, apollo_state_bytes, scale_by_apollo
 from memjax.optim.bf16 import apply_updates_stochastic, round_stochastic
 from memjax.optim.fira import fira, fira_state_bytes, scale_by_fira
@@ -24,8 +25,9 @@ from memjax.optim.galore import galore, galore_state_bytes, scale_by_galore
 from memjax.optim.ldadam import ldadam, ldadam_state_bytes, scale_by_ldadam, transport_moments
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
 from memjax.optim.mezo import Mezo, MezoMetrics, MezoState, mezo
+from memjax.optim.micro_adam import micro_adam, micro_adam_state_bytes, scale_by_micro_adam
 from memjax.optim.q_galore import q_galore, q_galore_state_bytes, scale_by_q_galore
-from memjax.optim.quantized_state import quantize_state
+from memjax.optim.quantized_state import moment_bytes, quantize_state, state_format
 from memjax.optim.routing import label
 from memjax.optim.sharding import state_shardings
 
@@ -39,6 +41,8 @@ __all__ = [
     "MezoState",
     "adam4bit",
     "adam8bit",
+    "adam_mini",
+    "adam_mini_state_bytes",
     "adamw4bit",
     "adamw8bit",
     "apollo",
@@ -66,6 +70,9 @@ __all__ = [
     "matrix_shape",
     "matrix_spec",
     "mezo",
+    "micro_adam",
+    "micro_adam_state_bytes",
+    "moment_bytes",
     "parts_of_stages",
     "q_galore",
     "q_galore_state_bytes",
@@ -73,16 +80,19 @@ __all__ = [
     "resize_frugal",
     "round_stochastic",
     "scale_by_adam8bit",
+    "scale_by_adam_mini",
     "scale_by_apollo",
     "scale_by_fira",
     "scale_by_frugal",
     "scale_by_galore",
     "scale_by_ldadam",
     "scale_by_lion8bit",
+    "scale_by_micro_adam",
     "scale_by_q_galore",
     "scale_by_sgdm8bit",
     "sgdm8bit",
     "state_bytes",
+    "state_format",
     "state_shardings",
     "transport_moments",
 ]

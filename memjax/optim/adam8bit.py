@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from memjax.codecs.fused import varying_like, whole_arrays
 from memjax.codecs.packed import Packed
 from memjax.optim.quantized_state import LEAST, StateFormat, check_params, decode, encode, state_format, zeros
 from memjax.optim.tables import leaf_words
-from pallas_kernels.optim import adam8bit_step, adam8bit_unsupported, adam_scalars, round_stochastic, runs_alone
+from pallas_kernels.optim import adam8bit_step, adam8bit_unsupported, adam_scalars, round_stochastic
+from pallas_kernels.packed_matmul import on_hopper
 
 
 class MomentState(NamedTuple):
@@ -355,12 +357,12 @@ def apply_adam8bit(
     def kernel(p: jax.Array, g: jax.Array, decay: Any, rate: Any, count: jax.Array, words: Any, m: Any, v: Any) -> Any:
         block = m.codec.group if m.codec.bits == 8 else None
         reason = adam8bit_unsupported(p.size, block, p.dtype, g.dtype)
-        if options.implementation is None and (reason or not runs_alone()):
+        if options.implementation is None and (reason or not on_hopper() or not whole_arrays()):
             return None
         steps = count.astype(jnp.float32)
         scalars = adam_scalars(rate, b1, b2, eps, steps, decay)
         flat = [part.reshape(-1) for part in (p, g, m.planes[0], m.scale, v.planes[0], v.scale)]
-        made = _step_by_kernel(*flat, scalars=scalars, words=words)
+        made = varying_like(flat, _step_by_kernel(*flat, scalars=scalars, words=words))
         parts = [part.reshape(like.shape) for part, like in zip(made, (p, m.planes[0], m.scale, v.planes[0], v.scale))]
         new, m_codes, m_scale, v_codes, v_scale = parts
         return new, (

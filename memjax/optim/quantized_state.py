@@ -110,9 +110,9 @@ def encode(moment: jax.Array, like: Any) -> Any:
     codec = like.codec
     assert isinstance(codec.group, int)
     blocks = moment.reshape(*like.shape[:-1], -1, codec.group)
-    codes, scale, _ = codec.quantize(blocks, (-1,), None)
+    codes, scale, offset = codec.quantize(blocks, (-1,), None)
     planes = pack(codes.reshape(like.shape), codec.bits, -1, codec.group)
-    return Packed(planes, scale.squeeze(-1), None, codec, (-1,), like.dtype)
+    return Packed(planes, scale.squeeze(-1), None if offset is None else offset.squeeze(-1), codec, (-1,), like.dtype)
 
 
 def decode(moment: Any, shape: tuple[int, ...]) -> jax.Array:

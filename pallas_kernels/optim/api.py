@@ -9,16 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.codec.api import runs_kernel
 from pallas_kernels.optim import kernel, reference
-from pallas_kernels.packed_matmul.api import on_hopper
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 DTYPES = ("bfloat16", "float32")
-
-
-def runs_alone() -> bool:
-    """Returns whether kernels can run: on a Hopper GPU, one device or inside shard_map, as XLA cannot cut a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return on_hopper() and (jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual))
 
 
 def heuristic(size: int) -> kernel.Config | None:
@@ -93,3 +86,76 @@ def adam8bit_step(
     return kernel.adam8bit_step(
         p, g, m_codes, m_scale, v_codes, v_scale, scalars, seed, config=config, interpret=interpret
     )
+
+
+def frugal_unsupported(runs: int, run: int, kept: int, params: Any, grads: Any) -> str | None:
+    """Returns why the kernel cannot take a leaf ``[outer, runs, run]`` with ``kept`` runs of moments, or None."""
+    for name, dtype in (("parameters", params), ("gradients", grads)):
+        if jnp.dtype(dtype).name not in DTYPES:
+            return f"{name} of {jnp.dtype(dtype).name}; the kernel takes {' and '.join(DTYPES)}"
+    if not 0 < kept <= runs:
+        return f"{kept} of {runs} runs have moments; the kernel takes at least one"
+    if runs * run >= 2**32 or frugal_heuristic(runs, run) is None:
+        count = kernel.block_elements(kernel.Config(1))
+        return (
+            f"{runs} runs of {run} elements; the kernel takes runs that are multiples of {count}, or powers of two "
+            f"from 8 that fill multiples of {count}"
+        )
+    return None
+
+
+def frugal_heuristic(runs: int, run: int) -> kernel.Config | None:
+    """Returns how to cut rows of so many runs, or None where whole blocks do not fill them."""
+    for units in (2, 1):
+        count = kernel.block_elements(kernel.Config(units))
+        powers = run >= 8 and run & (run - 1) == 0 and count % run == 0 and runs * run % count == 0
+        if run % count == 0 or powers:
+            return kernel.Config(units)
+    return None
+
+
+def frugal_adam_step(
+    p: jax.Array,
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    place: jax.Array,
+    scalars: jax.Array,
+    words: reference.Words | None = None,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes a step of Adam on some runs of a leaf and of signSGD on the others, in place where arguments are donated.
+
+    A run is what is selected together: a row of a matrix ``[m, n]`` is (runs, run) = (m, n), a group of 32 adjacent
+    columns is ``outer = m`` and (n / 32, 32), a whole layer of a stack is (layers, size).
+
+    Args:
+      p: bfloat16 or float32 ``[outer, runs, run]``.
+      g: the gradient, bfloat16 or float32 ``[outer, runs, run]``.
+      mu, nu: float32 ``[outer, kept, run]``.
+      place: int32 ``[outer, runs]``: where in ``kept`` a run's moments lie, each place once; ``kept`` or more for none.
+      scalars: of `adam_scalars`.
+      words: of `pallas_kernels._bits.seed_words`, to round bfloat16 parameters stochastically; None rounds to nearest.
+      implementation, interpret: as in `adam8bit_step`.
+
+    Returns:
+      (p, mu, nu) after the step.
+
+    Raises:
+      ValueError: operands that do not fit each other, or ``"mosaic_gpu"`` where it cannot run; says why.
+    """
+    shapes = (p.shape[0], mu.shape[1], p.shape[-1])
+    if p.ndim != 3 or g.shape != p.shape or mu.shape != shapes or nu.shape != shapes or place.shape != p.shape[:2]:
+        raise ValueError(
+            f"expected gradients {p.shape}, moments {shapes} and places {p.shape[:2]}, got {g.shape}, {mu.shape}, "
+            f"{nu.shape} and {place.shape}"
+        )
+    reason = frugal_unsupported(p.shape[1], p.shape[2], mu.shape[1], p.dtype, g.dtype)
+    if not runs_kernel("FRUGAL", reason, implementation):
+        return reference.frugal_adam_step(p, g, mu, nu, place, scalars, words)
+    config = frugal_heuristic(*p.shape[1:])
+    assert config is not None
+    seed = None if words is None else jnp.stack(words)
+    return kernel.frugal_adam_step(p, g, mu, nu, place, scalars, seed, config=config, interpret=interpret)

@@ -97,7 +97,6 @@ class _Adam:
         """Returns the parameter, already shrunk, after a step by the sign of its gradient; NaN for NaN."""
         ptx = self.thread.ptx
         size = ptx("min.NaN.f32", ptx("mul.f32", self.thread.bits_and(g, 0x7FFFFFFF), 2.0**126), 1.0)
-        size = ptx("min.NaN.f32", ptx("mul.f32", size, 2.0**126), 1.0)
         return ptx("fma.rn.f32", ptx("lop3.b32", self.thread.const(_SIGN), g, size, _SELECT), self.free, p)
 
     def write(self, dtype: str, pointer: Any, first: int, values: list[Any], counter: Any) -> None:
@@ -282,3 +281,128 @@ def adam8bit_step(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*refs, g.reshape(blocks, count), *fixed)
     return tuple(jax.freeze(ref).reshape(-1) for ref in refs)
+
+
+def frugal_adam_block(
+    config: Config, dtypes: tuple[str, str], stochastic: bool, run: int, kept: int, thread: Any, *operands: Any
+) -> None:
+    """The program of a thread: its part of a block of elements.
+
+    ``run`` elements share a place; the last words are the number of the block's first element in the whole leaf, the
+    run in which it lies, and where in it.
+    """
+    *memrefs, number, first_run, within = operands
+    p, mu, nu, g, place, scalars, *rest = memrefs
+    adam = _Adam(thread, scalars, rest[0] if stochastic else None)
+    ptx = thread.ptx
+    params, slopes = (
+        thread.pointer(ref, thread.mul(thread.index, SPAN * words.ITEMSIZE[dtype]))
+        for ref, dtype in zip((p, g), dtypes)
+    )
+    elements = THREADS * SPAN
+    spread = run < elements * config.units  # the threads of a block have elements of several runs
+    read = []
+    for i in range(config.units):
+        inside = thread.add(thread.mul(thread.index, SPAN), i * elements)
+        where = first_run
+        if spread:
+            where = thread.add(where, thread.shift_right(inside, run.bit_length() - 1))
+            inside = thread.bits_and(inside, run - 1)
+        else:
+            inside = thread.add(inside, within)
+        (held_at,) = thread.read(thread.pointer(place, thread.mul(where, 4)), 0, once=False)
+        held = ptx("set.lt.u32.u32", held_at, kept)
+        start = thread.add(ptx("mul.lo.u32", held_at, run), inside)
+        moments = [thread.advance(thread.pointer(ref), start, 4) for ref in (mu, nu)]
+        (slope,) = words.read_unit(thread, FORM, dtypes[1], slopes, i * elements)
+        (dense,) = words.read_unit(thread, FORM, dtypes[0], params, i * elements, changes=True)
+        old = [
+            [w for at in (0, 16) for w in thread.read(pointer, at, 4, changes=True, where=held)] for pointer in moments
+        ]
+        read.append((slope, dense, held, moments, old))
+    counter = thread.add(number, thread.mul(thread.index, SPAN))
+    for i, (slope, dense, held, moments, old) in enumerate(read):
+        values, new = [], []
+        for g_word, p_word, m, v in zip(
+            words.floats(thread, dtypes[1], slope), words.floats(thread, dtypes[0], dense), *old
+        ):
+            made = adam.moments(g_word, m, v)
+            shrunk = adam.shrunk(p_word)
+            moved, free = adam.moved(shrunk, *made), adam.freely_moved(shrunk, g_word)
+            values.append(ptx("lop3.b32", held, moved, free, _SELECT))
+            new.append(made)
+        adam.write(dtypes[0], params, i * elements, values, thread.add(counter, i * elements))
+        for pointer, moment in zip(moments, zip(*new)):
+            for at in (0, 4):
+                thread.write(pointer, 4 * at, list(moment[at : at + 4]), held)
+
+
+def frugal_adam_step(
+    p: jax.Array,
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    place: jax.Array,
+    scalars: jax.Array,
+    seed: jax.Array | None,
+    *,
+    config: Config,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (p, mu, nu) in the memory of what was given.
+
+    Args:
+      p, g, mu, nu, place: as in `reference.frugal_adam_step`.
+      scalars: of `reference.adam_scalars`.
+      seed: uint32 ``[2]``, or None to round to nearest.
+      config: how to cut the work: `block_elements` divide a run, or are whole runs and divide their row.
+      interpret: run in the interpreter on a CPU, a row of runs at a time.
+    """
+    outer, runs, run = p.shape
+    kept, count = mu.shape[1], block_elements(config)
+    row = runs * run
+    pieces = 1 if interpret else row // count
+    dtypes = (p.dtype.name, g.dtype.name)
+    states = [p.reshape(outer, pieces, -1), mu.reshape(outer, -1), nu.reshape(outer, -1)]
+    fixed = [g.reshape(outer, pieces, -1), place, scalars, *([] if seed is None else [seed])]
+
+    def body(*refs: Any) -> None:
+        p_ref, mu_ref, nu_ref, g_ref, place_ref, scalars_ref, *seeds = refs
+        i, piece = lax.axis_index("outer"), lax.axis_index("piece")
+        number = i * row + piece * (row // pieces)
+        tiles = [p_ref.at[i, piece], mu_ref.at[i], nu_ref.at[i]]
+        if interpret:
+            parts = [tile[...].reshape(1, -1, run) for tile in tiles]
+            read = None if seed is None else tuple(seeds[0][:2])
+            made = reference.frugal_adam_step(
+                parts[0],
+                g_ref[i, piece].reshape(1, -1, run),
+                parts[1],
+                parts[2],
+                place_ref[i][None],
+                scalars_ref[...],
+                read,
+                number,
+            )
+            for tile, part in zip(tiles, made):
+                tile[...] = part.reshape(-1)
+            return
+        if run % count == 0:
+            per_run = jnp.int32(run // count)
+            first_run, within = lax.div(piece, per_run), lax.rem(piece, per_run) * count
+        else:
+            first_run, within = piece * (count // run), jnp.int32(0)
+        program = functools.partial(frugal_adam_block, config, dtypes, seed is not None, run, kept)
+        others = [g_ref.at[i, piece], place_ref.at[i], scalars_ref, *seeds]
+        _mgpu.each_thread(program, [*tiles, *others], [number, first_run, within])
+
+    refs = [jax.new_ref(part) for part in states]
+    plgpu.kernel(
+        body,
+        grid=(outer, pieces),
+        grid_names=("outer", "piece"),
+        compiler_params=_mgpu.explicit_layouts(),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*refs, *fixed)
+    made = [jax.freeze(ref) for ref in refs]
+    return made[0].reshape(p.shape), made[1].reshape(mu.shape), made[2].reshape(nu.shape)

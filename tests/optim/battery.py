@@ -183,4 +183,34 @@ OPTIMIZERS = [
     Row("frugal_subspace_iteration", frugal(split="subspace_iteration"), frugal_svd, fsdp=False),
     Row("frugal_random", frugal(split="random", on_switch="project"), frugal_svd, fsdp=False),
     Row("frugal_sign", frugal(density=0.0), lambda p: adam_bytes(matrices(p)[1]) + 8),
+    Row(
+        "adam8bit",
+        lambda learning_rate=1e-2, b1=0.9: optim.adamw8bit(learning_rate, b1, block=8, least=64),
+        lambda p: 4 + 2 * sum(optim.moment_bytes(x.shape, optim.state_format(8, 8, 64)) for x in jax.tree.leaves(p)),
+        fsdp=False,  # blocks of 8 do not fall on shards of 2 or 3 elements
+    ),
+    Row(
+        "adam4bit",
+        lambda learning_rate=1e-2, b1=0.9: optim.adam4bit(learning_rate, b1, block=8, least=64),
+        lambda p: 4 + 2 * sum(optim.moment_bytes(x.shape, optim.state_format(4, 8, 64)) for x in jax.tree.leaves(p)),
+        fsdp=False,
+    ),
+    Row(
+        "lion8bit",
+        lambda learning_rate=1e-2, b1=0.9: optim.lion8bit(learning_rate, b1, block=8, least=64),
+        lambda p: 4 + sum(optim.moment_bytes(x.shape, optim.state_format(8, 8, 64)) for x in jax.tree.leaves(p)),
+        fsdp=False,
+    ),
+    Row(
+        "adam_mini",
+        lambda learning_rate=1e-2, b1=0.9: optim.adam_mini(learning_rate, b1, default="neuron"),
+        lambda p: optim.adam_mini_state_bytes(p),
+    ),
+    Row(
+        "micro_adam",
+        lambda learning_rate=1e-2, b1=0.9: optim.micro_adam(learning_rate, b1, density=0.1, group=32, least=64),
+        lambda p: optim.micro_adam_state_bytes(p, 0.1, group=32, least=64),
+        bits32=False,
+        fsdp=False,  # the largest are chosen among a leaf in the order of memory
+    ),
 ]

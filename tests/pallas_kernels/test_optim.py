@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import optim
 from pallas_kernels._bits import seed_words
-from pallas_kernels.optim import formats, kernel, reference
+from pallas_kernels.optim import api, formats, kernel, reference
 from pallas_kernels.optim.shapes import SHAPES
 from tests.pallas_kernels.warpgroup import Warpgroup
 
@@ -134,3 +134,108 @@ def test_every_leaf_of_the_model_lowers_for_cuda_in_place():
         )
         text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("stablehlo.output_operand_alias<") == 5
+
+
+def runs(outer, count, run, kept, params, grads="bfloat16", seed=0):
+    """Returns the arrays of a step on ``kept`` of ``count`` runs, with gradients of zero and infinities of moments."""
+    rng = np.random.default_rng(seed)
+    place = np.stack([rng.permutation(count) for _ in range(outer)]).astype(np.int32)
+    g = rng.normal(size=(outer, count, run)) * np.exp(3 * rng.normal(size=(outer, count, 1)))
+    g[0, :, :5] = 0
+    g[0, :, 5] = 1.2e-38
+    dense = [np.array(jnp.asarray(x, t)) for x, t in ((rng.normal(size=g.shape), params), (g, grads))]
+    moments = [rng.normal(size=(outer, kept, run)).astype(np.float32) for _ in range(2)]
+    return [*dense, moments[0], moments[1] ** 2, place]
+
+
+FRUGAL = {"rows": (2, 6, 2048, 2), "groups": (2, 64, 32, 16), "layers": (1, 3, 4096, 1)}
+
+
+@pytest.mark.parametrize("name", FRUGAL)
+def test_a_threads_program_takes_the_step_of_frugal(name):
+    outer, count, run, kept = FRUGAL[name]
+    for params, seed in (("bfloat16", 5), ("float32", None)):
+        p, g, mu, nu, place = runs(outer, count, run, kept, params)
+        words = None if seed is None else seed_words(seed)
+        expected = jax.jit(reference.frugal_adam_step)(p, g, mu, nu, place, SCALARS, words)
+        config = api.frugal_heuristic(count, run)
+        size = kernel.block_elements(config)
+        for i in range(outer):
+            for piece in range(count * run // size):
+                thread, mine = Warpgroup(), slice(piece * size, (piece + 1) * size)
+                tiles = [p[i].reshape(-1)[mine], mu[i].reshape(-1), nu[i].reshape(-1), g[i].reshape(-1)[mine], place[i]]
+                seeds = [] if words is None else [np.stack(words)]
+                at = [i * count * run + piece * size, piece * size // run, piece * size % run]
+                at = [thread.const(word) for word in at]
+                program = functools.partial(kernel.frugal_adam_block, config, (params, "bfloat16"), seed is not None)
+                program(run, kept, thread, *tiles, np.array(SCALARS), *seeds, *at)
+        close((p, mu, nu), expected)
+        if seed is not None:
+            assert (np.asarray(p) == np.asarray(expected[0])).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["rows", "groups"])
+def test_the_interpreted_step_of_frugal_equals_the_reference(name):
+    arrays = [jnp.asarray(x) for x in runs(*FRUGAL[name], "bfloat16")]
+    step = functools.partial(optim.frugal_adam_step, scalars=SCALARS, words=seed_words(2))
+    made = step(*arrays, implementation="mosaic_gpu", interpret=True)
+    close(made, step(*arrays, implementation="xla"))
+
+
+def test_runs_without_moments_go_by_the_sign_and_nothing_is_lost():
+    p, g, mu, nu, place = (jnp.asarray(x) for x in runs(*FRUGAL["groups"], "float32", "float32"))
+    new_p, new_mu, _ = optim.frugal_adam_step(p, g, mu, nu, place, SCALARS)
+    free = np.asarray(place) >= 16
+    at = reference.Scalars(*np.asarray(SCALARS)[:9])
+    np.testing.assert_allclose(new_p[free], p[free] * at.shrink - at.free * np.sign(g[free]), rtol=1e-6)
+    for i in range(2):
+        for run in range(64):
+            if place[i, run] < 16:
+                wanted = at.b1 * mu[i, place[i, run]] + at.rest1 * g[i, run]
+                np.testing.assert_allclose(new_mu[i, place[i, run]], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_kernels_cannot_take_is_said():
+    assert "blocks of 128" in optim.adam8bit_unsupported(4096, 128, jnp.bfloat16, jnp.bfloat16)
+    assert "multiples of 1024" in optim.adam8bit_unsupported(4096 + 256, 256, jnp.bfloat16, jnp.bfloat16)
+    assert "float16" in optim.adam8bit_unsupported(4096, 256, jnp.float16, jnp.bfloat16)
+    assert "runs of 24" in optim.frugal_unsupported(64, 24, 16, jnp.bfloat16, jnp.bfloat16)
+    assert "0 of 64" in optim.frugal_unsupported(64, 32, 0, jnp.bfloat16, jnp.bfloat16)
+    with pytest.raises(ValueError, match="expected gradients"):
+        optim.frugal_adam_step(*(jnp.zeros((1, 2, 8)) for _ in range(4)), jnp.zeros((1, 3), jnp.int32), SCALARS)
+
+
+def test_every_matrix_of_the_model_lowers_for_cuda_by_rows_and_by_groups():
+    words = seed_words(0)
+    for shape in SHAPES.values():
+        *stack, m, n = shape
+        layers = math.prod(stack)
+        for outer, count, run in ((layers, m, n), (layers * m, n // 32, 32)):
+            kinds = [(count, run, jnp.bfloat16)] * 2 + [(count // 4, run, jnp.float32)] * 2
+            arrays = [jax.ShapeDtypeStruct((outer, a, b), kind) for a, b, kind in kinds]
+            arrays.append(jax.ShapeDtypeStruct((outer, count), jnp.int32))
+            if optim.frugal_unsupported(count, run, count // 4, jnp.bfloat16, jnp.bfloat16):
+                assert (run, n) == (32, 512)  # a row of keys is shorter than a block
+                continue
+            run_step = functools.partial(
+                optim.frugal_adam_step, scalars=SCALARS, words=words, implementation="mosaic_gpu"
+            )
+            step = jax.jit(run_step, donate_argnums=(0, 2, 3))
+            text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+            assert text.count("stablehlo.output_operand_alias<") == 3
+
+
+@pytest.mark.gpu
+def test_the_kernels_on_a_device():
+    for params, seed in (("bfloat16", 5), ("float32", None)):
+        words = None if seed is None else seed_words(seed)
+        arrays = [jnp.asarray(x) for x in operands(2**20, params)]
+        expected = step_arrays(*arrays, SCALARS, words)
+        close(optim.adam8bit_step(*arrays, SCALARS, words, implementation="mosaic_gpu"), expected)
+        for name in FRUGAL:
+            arrays = [jnp.asarray(x) for x in runs(*FRUGAL[name], params)]
+            step = functools.partial(optim.frugal_adam_step, scalars=SCALARS, words=words)
+            close(
+                step(*arrays, implementation="mosaic_gpu"),
+                jax.jit(functools.partial(step, implementation="xla"))(*arrays),
+            )
