@@ -21,7 +21,7 @@ from memjax.optim.bf16 import apply_updates_stochastic, round_stochastic
 from memjax.optim.fira import fira, fira_state_bytes, scale_by_fira
 from memjax.optim.frugal import FrugalState, apply_frugal, frugal, frugal_static, resize_frugal, scale_by_frugal
 from memjax.optim.fused_step import FusedMetrics, LossParts, fused_step, parts_of_stages
-from memjax.optim.galore import galore, galore_state_bytes, scale_by_galore
+from memjax.optim.galore import apply_galore, galore, galore_state_bytes, scale_by_galore
 from memjax.optim.ldadam import ldadam, ldadam_state_bytes, scale_by_ldadam, transport_moments
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
 from memjax.optim.mezo import Mezo, MezoMetrics, MezoState, mezo
@@ -50,6 +50,7 @@ __all__ = [
     "apollo_state_bytes",
     "apply_adam8bit",
     "apply_frugal",
+    "apply_galore",
     "apply_lion8bit",
     "apply_sgdm8bit",
     "apply_updates_stochastic",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from memjax.core import Axes
 from memjax.optim import low_rank
@@ -131,28 +132,43 @@ def scale_by_galore(
     def update(updates: Any, state: GaLoreState, params: Any = None) -> tuple[Any, GaLoreState]:
         projected = plan(updates)
 
-        def down(projection: Projection | None, leaf: jax.Array, basis: Any) -> tuple[Any, Any]:
-            if projection is None:
-                return leaf, basis
-            matrices = as_matrices(leaf, projection.spec)
-            bases = low_rank.refreshed_basis(
-                projection, matrices, basis, state.count, update_gap, method=method, stagger=stagger, seed=seed
-            )
-            coordinates = low_rank.project(matrices, bases, projection.axis)
-            return coordinates, bases
-
         def up(projection: Projection | None, leaf: jax.Array, basis: Any, scaled: jax.Array) -> tuple[jax.Array]:
             if projection is None:
                 return (scaled.astype(leaf.dtype),)
             back = low_rank.project_back(scale * scaled, basis, projection.axis, leaf.dtype)
             return (from_matrices(back, projection.spec, leaf.shape),)
 
-        coordinates, basis = low_rank.map_leaves(down, 2, projected, updates, state.basis)
-        scaled, inner_state = inner.update(coordinates, state.inner)
-        (updates,) = low_rank.map_leaves(up, 1, projected, updates, basis, scaled)
-        return updates, GaLoreState(optax.safe_increment(state.count), basis, inner_state)
+        scaled, state = _advance(projected, updates, state, inner, update_gap, method, stagger, seed)
+        (updates,) = low_rank.map_leaves(up, 1, projected, updates, state.basis, scaled)
+        return updates, state
 
     return optax.GradientTransformation(init, update)
+
+
+def _advance(
+    projected: list[Projection | None],
+    gradients: Any,
+    state: GaLoreState,
+    inner: optax.GradientTransformation,
+    update_gap: int,
+    method: Method,
+    stagger: bool,
+    seed: int,
+) -> tuple[Any, GaLoreState]:
+    """Returns the inner transformation's updates, of coordinates, and the next state."""
+
+    def down(projection: Projection | None, leaf: jax.Array, basis: Any) -> tuple[Any, Any]:
+        if projection is None:
+            return leaf, basis
+        matrices = as_matrices(leaf, projection.spec)
+        basis = low_rank.refreshed_basis(
+            projection, matrices, basis, state.count, update_gap, method=method, stagger=stagger, seed=seed
+        )
+        return low_rank.project(matrices, basis, projection.axis), basis
+
+    coordinates, basis = low_rank.map_leaves(down, 2, projected, gradients, state.basis)
+    scaled, inner_state = inner.update(coordinates, state.inner)
+    return scaled, GaLoreState(optax.safe_increment(state.count), basis, inner_state)
 
 
 def galore(
@@ -189,6 +205,63 @@ def galore(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )  # fmt: skip
+
+
+def apply_galore(
+    params: Any,
+    grads: Any,
+    state: GaLoreState,
+    learning_rate: Any,
+    rank: int | float = 128,
+    update_gap: int = 200,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-6,
+    weight_decay: Any = 0.0,
+    inner: optax.GradientTransformation | None = None,
+    side: Side = "short",
+    method: Method = "eigh",
+    stagger: bool = True,
+    seed: int = 0,
+    rules: Mapping[str, Label] | None = None,
+    axes: Mapping[str, Axes] | None = None,
+) -> tuple[Any, GaLoreState]:
+    """One step of `galore` from gradients to parameters; of a stack, one matrix's update exists at a time.
+
+    Args:
+      params: pytree of arrays; donate them and the state where this is jitted.
+      grads: tree of ``params``.
+      state: of `scale_by_galore` with the same settings.
+      learning_rate, weight_decay: scalars, traced or not.
+      rank, update_gap, scale, b1, b2, eps, inner, side, method, stagger, seed, rules, axes: as in `scale_by_galore`.
+
+    Returns:
+      (params, state), equal to what ``galore(learning_rate, ...)`` and `optax.apply_updates` give.
+    """
+    low_rank.check(rank, update_gap, side, method, seed)
+    inner = scale_by_adam_before_correction(b1, b2, eps) if inner is None else inner
+    projected = low_rank.projections(params, rank, side, rules, axes)
+    scaled, state = _advance(projected, grads, state, inner, update_gap, method, stagger, seed)
+
+    def moved(leaf: jax.Array, update: jax.Array) -> jax.Array:
+        return (leaf - learning_rate * (update + weight_decay * leaf)).astype(leaf.dtype)
+
+    def apply(projection: Projection | None, leaf: Any, gradient: Any, basis: Any, scaled: Any) -> tuple[jax.Array]:
+        if projection is None:
+            return (moved(leaf, scaled.astype(gradient.dtype)),)
+
+        def one(b: jax.Array, matrices: jax.Array) -> jax.Array:
+            here, basis_here, scaled_here = (lax.dynamic_slice_in_dim(x, b, 1) for x in (matrices, basis, scaled))
+            back = low_rank.project_back(scale * scaled_here, basis_here, projection.axis, gradient.dtype)
+            return lax.dynamic_update_slice_in_dim(matrices, moved(here, back), b, 0)
+
+        matrices = lax.fori_loop(0, projection.matrices, one, as_matrices(leaf, projection.spec))
+        return (from_matrices(matrices, projection.spec, leaf.shape),)
+
+    (params,) = low_rank.map_leaves(apply, 1, projected, params, grads, state.basis, scaled)
+    return params, state
 
 
 def galore_state_bytes(

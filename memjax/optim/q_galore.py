@@ -4,7 +4,7 @@ Source: Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-R
 
 After each search the leading singular vector is compared with the one before. Where the mean similarity of the last
 few comparisons reaches a threshold the matrix's gap doubles: singular vectors cost most of GaLore's time. The
-reference's third part, 8-bit Adam in the subspace, is what ``inner`` is for.
+reference's third part, 8-bit Adam in the subspace, is ``inner=scale_by_adam8bit()``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 
 from memjax import optim
 from memjax.codecs import int4
-from memjax.core import Axes
+from memjax.core import Axes, compiled_bytes, nbytes
 from memjax.optim import low_rank
 from memjax.optim.apollo import random_projection
 from tests.optim import low_rank_reference as reference
@@ -358,3 +358,24 @@ def test_options_of_one_method_are_checked():
         optim.q_galore(0.1, 4, window=0)
     with pytest.raises(ValueError, match="layer/w: the codec does not fit its bases of shape"):
         optim.q_galore(0.1, 4).init({"layer": {"w": jnp.zeros((12, 20))}})
+
+
+def test_applying_galore_by_matrix_is_the_chain_with_one_update_at_a_time():
+    p = {"stack": jnp.asarray(normal(8, 64, 96), jnp.float32), "scale": jnp.ones((8,))}
+    g = jax.tree.map(lambda x: jnp.asarray(normal(*x.shape, seed=1), jnp.float32), p)
+    tx = optim.galore(0.01, 8, 3, weight_decay=0.1)
+
+    def chain(p, state, g):
+        updates, state = tx.update(g, (state, *tx.init(p)[1:]), p)
+        return optax.apply_updates(p, updates), state[0]
+
+    def fused(p, state, g):
+        return optim.apply_galore(p, g, state, 0.01, 8, 3, weight_decay=0.1)
+
+    state = optim.scale_by_galore(8, 3).init(p)
+    compiled = [jax.jit(f, donate_argnums=(0, 1)).lower(p, state, g).compile() for f in (chain, fused)]
+    whole, by_matrix = (compiled_bytes(c).temp / nbytes(p) for c in compiled)
+    assert by_matrix < 0.45 and whole > 1
+    (wanted, _), (found, _) = (c(*jax.tree.map(jnp.copy, (p, state)), g) for c in compiled)
+    for name in p:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2e-7, atol=1e-7)
