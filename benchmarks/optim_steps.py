@@ -32,7 +32,7 @@ def leaves_of(case: str) -> dict[str, tuple[int, ...]]:
 
 
 def step_ms(run: Step, params: Any, grads: Any, state: Any) -> float:
-    """Returns the time of ``run(params, grads, state) -> (params, state)``, which takes their memory but of gradients."""
+    """Returns the time of ``run(params, grads, state) -> (params, state)``, which takes the memory of both."""
     import jax
 
     params, state = jax.block_until_ready(run(params, grads, state))

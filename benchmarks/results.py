@@ -236,6 +236,28 @@ def _codes(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _optimizer_steps(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `optim_steps`: one per case, a line per optimizer."""
+    parts = []
+    for row in rows:
+        base = next(step["ms"] for step in row["steps"] if step["what"].startswith("optax.adamw"))
+        lines = [
+            [
+                step["what"],
+                f"{step['state_over_params']:.2f}",
+                f"{step['temp_over_params']:.3f}",
+                f"{step['ms']:.2f}",
+                f"{step['floor_ms']:.2f}",
+                f"{step['over_floor']:.2f}",
+                f"{base / step['ms']:.2f}",
+            ]
+            for step in row["steps"]
+        ]
+        header = ("step", "state / params", "temp / params", "ms", "byte floor ms", "x floor", "optax float32 / this")
+        parts.append(f"**{row['case']}** (copy {row['copy_tb_per_s']:.2f} TB/s)\n\n" + _table(header, lines))
+    return parts
+
+
 LOSSES_NOTE = """Forward and backward of the loss in bfloat16, w.r.t. the inputs (frozen) or the inputs and the head
 (trained). The floor is that of two products, or of three with a trained head, at the matmul rate of the same process;
 temporaries are XLA's."""
@@ -338,6 +360,7 @@ def _activation_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) ->
 TABLES = {
     "packed_matmul": _products,
     "codec": _codes,
+    "optim_steps": _optimizer_steps,
     "linear_cross_entropy": _losses,
     "formats": _formats,
     "adapters": _adapters,

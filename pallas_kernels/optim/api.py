@@ -159,3 +159,37 @@ def frugal_adam_step(
     assert config is not None
     seed = None if words is None else jnp.stack(words)
     return kernel.frugal_adam_step(p, g, mu, nu, place, scalars, seed, config=config, interpret=interpret)
+
+
+def add_stochastic(
+    p: jax.Array,
+    u: jax.Array,
+    words: reference.Words,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Adds an update to bfloat16 parameters and rounds stochastically, in place where they are donated.
+
+    Args:
+      p: bfloat16 ``[n]``.
+      u: bfloat16 or float32 ``[n]``.
+      words: of `pallas_kernels._bits.seed_words`.
+      implementation, interpret: as in `adam8bit_step`.
+
+    Returns:
+      bfloat16 ``[n]``, `round_stochastic` of the float32 sum.
+
+    Raises:
+      ValueError: operands that do not fit each other, or ``"mosaic_gpu"`` where it cannot run; says why.
+    """
+    if p.ndim != 1 or p.dtype != jnp.bfloat16 or u.shape != p.shape:
+        raise ValueError(f"expected bfloat16 [n] and updates of its shape, got {p.dtype}{p.shape} and {u.shape}")
+    config, reason = heuristic(p.size), None
+    if u.dtype.name not in DTYPES:
+        reason = f"updates of {u.dtype.name}; the kernel takes {' and '.join(DTYPES)}"
+    elif config is None:
+        reason = f"{p.size} elements; the kernel takes multiples of {kernel.block_elements(kernel.Config(1))}"
+    if not runs_kernel("stochastic rounding", reason, implementation) or config is None:
+        return reference.round_stochastic(p.astype(jnp.float32) + u.astype(jnp.float32), words)
+    return kernel.add_stochastic(p, u, jnp.stack(words), config=config, interpret=interpret)

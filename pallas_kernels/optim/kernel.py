@@ -99,23 +99,25 @@ class _Adam:
         size = ptx("min.NaN.f32", ptx("mul.f32", self.thread.bits_and(g, 0x7FFFFFFF), 2.0**126), 1.0)
         return ptx("fma.rn.f32", ptx("lop3.b32", self.thread.const(_SIGN), g, size, _SELECT), self.free, p)
 
-    def write(self, dtype: str, pointer: Any, first: int, values: list[Any], counter: Any) -> None:
-        """Writes 8 parameters; ``counter`` is the number of their first."""
-        thread = self.thread
-        if self.seed is None or dtype != "bfloat16":
-            words.write_unit(thread, FORM, dtype, pointer, first, [values])
-            return
-        out = []
-        pair = thread.shift_right(counter, 1)
-        for i in range(0, SPAN, 2):
-            random = _hash(thread, thread.add(pair, i // 2), self.seed)
-            halves = (thread.bits_and(random, 0xFFFF), thread.shift_right(random, 16))
-            ups = []
-            for value, half in zip(values[i : i + 2], halves):
-                finite = thread.ptx("set.lt.u32.u32", thread.bits_and(value, 0x7FFFFFFF), 0x7F7F0000)
-                ups.append(thread.add(value, thread.ptx("and.b32", half, finite)))
-            out.append(thread.ptx("prmt.b32", *ups, 0x7632))
-        thread.write(pointer, first * 2, out)
+
+def _write(
+    thread: Any, seed: list[Any] | None, dtype: str, pointer: Any, first: int, values: list[Any], counter: Any
+) -> None:
+    """Writes 8 parameters ``first`` elements after ``pointer``; ``counter`` is the number of their first."""
+    if seed is None or dtype != "bfloat16":
+        words.write_unit(thread, FORM, dtype, pointer, first, [values])
+        return
+    out = []
+    pair = thread.shift_right(counter, 1)
+    for i in range(0, SPAN, 2):
+        random = _hash(thread, thread.add(pair, i // 2), seed)
+        halves = (thread.bits_and(random, 0xFFFF), thread.shift_right(random, 16))
+        ups = []
+        for value, half in zip(values[i : i + 2], halves):
+            finite = thread.ptx("set.lt.u32.u32", thread.bits_and(value, 0x7FFFFFFF), 0x7F7F0000)
+            ups.append(thread.add(value, thread.ptx("and.b32", half, finite)))
+        out.append(thread.ptx("prmt.b32", *ups, 0x7632))
+    thread.write(pointer, first * 2, out)
 
 
 def _hash(thread: Any, counter: Any, seed: list[Any]) -> Any:
@@ -208,7 +210,7 @@ def adam8bit_block(config: Config, dtypes: tuple[str, str], stochastic: bool, th
             adam.moved(adam.shrunk(value), *moments)
             for value, moments in zip(words.floats(thread, dtypes[0], dense), new)
         ]
-        adam.write(dtypes[0], params, i * elements, values, thread.add(counter, i * elements))
+        _write(thread, adam.seed, dtypes[0], params, i * elements, values, thread.add(counter, i * elements))
         for k, moments in enumerate(zip(*new)):
             made, scale = _encode(thread, table, list(moments), k == 0)
             thread.write(codes[k], i * elements, made)
@@ -331,7 +333,7 @@ def frugal_adam_block(
             moved, free = adam.moved(shrunk, *made), adam.freely_moved(shrunk, g_word)
             values.append(ptx("lop3.b32", held, moved, free, _SELECT))
             new.append(made)
-        adam.write(dtypes[0], params, i * elements, values, thread.add(counter, i * elements))
+        _write(thread, adam.seed, dtypes[0], params, i * elements, values, thread.add(counter, i * elements))
         for pointer, moment in zip(moments, zip(*new)):
             for at in (0, 4):
                 thread.write(pointer, 4 * at, list(moment[at : at + 4]), held)
@@ -406,3 +408,61 @@ def frugal_adam_step(
     )(*refs, *fixed)
     made = [jax.freeze(ref) for ref in refs]
     return made[0].reshape(p.shape), made[1].reshape(mu.shape), made[2].reshape(nu.shape)
+
+
+def add_stochastic_block(config: Config, dtype: str, thread: Any, *operands: Any) -> None:
+    """The program of a thread: its part of a block of bfloat16 parameters and of updates of ``dtype``."""
+    p, u, seed, block = operands
+    at = thread.mul(thread.index, SPAN)
+    params = thread.pointer(p, thread.mul(at, 2))
+    updates = thread.pointer(u, thread.mul(at, words.ITEMSIZE[dtype]))
+    held = thread.read(thread.pointer(seed), 0, 2, once=False)
+    elements = THREADS * SPAN
+    read = [
+        (
+            words.read_unit(thread, FORM, "bfloat16", params, i * elements, changes=True)[0],
+            words.read_unit(thread, FORM, dtype, updates, i * elements)[0],
+        )
+        for i in range(config.units)
+    ]
+    counter = thread.add(thread.mul(block, elements * config.units), at)
+    for i, (dense, update) in enumerate(read):
+        pairs = zip(words.floats(thread, "bfloat16", dense), words.floats(thread, dtype, update))
+        values = [thread.ptx("add.f32", a, b) for a, b in pairs]
+        _write(thread, held, "bfloat16", params, i * elements, values, thread.add(counter, i * elements))
+
+
+def add_stochastic(
+    p: jax.Array, u: jax.Array, seed: jax.Array, *, config: Config, interpret: bool = False
+) -> jax.Array:
+    """Returns bfloat16 ``p + u``, rounded stochastically, in the memory of ``p``.
+
+    Args:
+      p: bfloat16 ``[n]``; n is a multiple of `block_elements`.
+      u: bfloat16 or float32 ``[n]``.
+      seed: uint32 ``[2]``.
+      config: how to cut the work.
+      interpret: run in the interpreter on a CPU.
+    """
+    count = block_elements(config)
+    blocks = p.size // count
+
+    def body(p_ref: Any, u_ref: Any, seed_ref: Any) -> None:
+        block = lax.axis_index("block")
+        tile = p_ref.at[block]
+        if interpret:
+            total = tile[...].astype(jnp.float32) + u_ref[block].astype(jnp.float32)
+            tile[...] = reference.round_stochastic(total, (seed_ref[0], seed_ref[1]), block * count)
+        else:
+            program = functools.partial(add_stochastic_block, config, u.dtype.name)
+            _mgpu.each_thread(program, [tile, u_ref.at[block], seed_ref], [block])
+
+    ref = jax.new_ref(p.reshape(blocks, count))
+    plgpu.kernel(
+        body,
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=_mgpu.explicit_layouts(),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(ref, u.reshape(blocks, count), seed)
+    return jax.freeze(ref).reshape(-1)

@@ -87,6 +87,25 @@ def test_codes_of_every_level_and_between_them_are_the_nearest():
     assert config.units
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_updates_are_added_with_the_reference_s_random_bits(dtype):
+    rng = np.random.default_rng(3)
+    p = np.array(jnp.asarray(rng.normal(size=4096), jnp.bfloat16))
+    u = np.array(jnp.asarray(1e-3 * rng.normal(size=4096), dtype))
+    words = seed_words(4)
+    expected = jax.jit(optim.add_stochastic)(p, u, words)
+    made = optim.add_stochastic(jnp.asarray(p), jnp.asarray(u), words, implementation="mosaic_gpu", interpret=True)
+    np.testing.assert_array_equal(made, expected)
+    for block in range(2):
+        thread, mine = Warpgroup(), slice(2048 * block, 2048 * (block + 1))
+        program = functools.partial(kernel.add_stochastic_block, kernel.Config(2), dtype)
+        program(thread, p[mine], u[mine], np.stack(words), thread.const(block))
+    np.testing.assert_array_equal(p, expected)
+    arrays = [jax.ShapeDtypeStruct((2**20,), kind) for kind in ("bfloat16", dtype)]
+    step = jax.jit(functools.partial(optim.add_stochastic, words=words, implementation="mosaic_gpu"), donate_argnums=0)
+    assert "output_operand_alias<" in step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_nan_stays_in_its_block():
     p, g, *codes = operands(1024, "float32")
     g[300] = np.nan
