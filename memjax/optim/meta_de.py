@@ -60,7 +60,7 @@ class MetaDE(NamedTuple):
       init: key -> `MetaState`.
       ask: state -> genomes ``[G, 6]``.
       execute: (state, genomes, steps=None) -> (fitness ``[G]``, points ``[G, D]``): runs an executor for each genome,
-        all from the same random numbers; a larger ``steps`` for the last generation is the paper's "power up".
+        all from the same random numbers; more ``steps`` in the last generation are the paper's "power up".
       tell: (state, genomes, fitness, points) -> state.
     """
 
@@ -87,7 +87,8 @@ def differential_evolution(
     - F in [0, 1] and CR in [0, 1];
     - base and second_base in [0, 4): a random individual, the best, one of the best 5 %, the parent;
     - differences in [1, 5): how many;
-    - crossover in [0, 3): binomial, exponential, arithmetic.
+    - crossover in [0, 3): binomial; exponential (a run from a random place, as long as draws are below CR);
+      arithmetic.
 
     Args:
       lower, upper: bounds ``[D]``.
@@ -254,10 +255,14 @@ def meta_de(
     def execute(state: MetaState, genomes: jax.Array, steps: Any = steps) -> tuple[jax.Array, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(state.genomes.key, state.genomes.step), 1)
 
+        impl = jax.random.key_impl(key)
+
         def executor(arguments: Any) -> tuple[jax.Array, jax.Array]:
             genome, words = arguments
             method = differential_evolution(lower, upper, population, genome=genome)
-            point, fitness = best(run(method, method.init(jax.random.wrap_key_data(words)), objective, steps))
+            point, fitness = best(
+                run(method, method.init(jax.random.wrap_key_data(words, impl=impl)), objective, steps)
+            )
             return fitness, point
 
         words = jax.random.key_data(key)
