@@ -403,7 +403,8 @@ def matmul(
         "cluster": (splits,),
         "cluster_names": ("split",),
     }
-    sums_shape, sums_dtype = (rows_in, n), jnp.float32 if wide else out_dtype
+    sums_shape: tuple[int, ...] = (rows_in, n)
+    sums_dtype = jnp.float32 if wide else out_dtype
     if n_parts > 1:
         sums_shape = (n_parts, *sums_shape)
     if interpret:

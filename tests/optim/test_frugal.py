@@ -139,7 +139,8 @@ def test_moments_in_few_bits(bits):
     state, wanted = tx.init(params), exact.init(params)
     ours, theirs = jax.jit(tx.update), jax.jit(exact.update)
     for i in range(4):
-        g = jax.tree.map(lambda p, rng=np.random.default_rng(i): np.float32(rng.standard_normal(p.shape)), params)
+        rng = np.random.default_rng(i)
+        g = jax.tree.map(lambda p, rng=rng: np.float32(rng.standard_normal(p.shape)), params)
         found, state = ours(g, state, params)
         sound, wanted = theirs(g, wanted, params)
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(sound)):
