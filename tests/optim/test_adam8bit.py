@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memjax import codecs
+from memjax import optim as low
 from memjax.core import nbytes
-from memjax.optim import adam8bit as low
 from memjax.optim import quantized_state as stored
 from pallas_kernels.optim.formats import dynamic_levels
 
@@ -218,3 +219,21 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="cannot run: 4352 elements"):
         state = low.scale_by_adam8bit().init(params)
         low.apply_adam8bit(params, params, state, 1e-3, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("spec", [("data", None), (None, "data")])
+def test_shards_that_hold_whole_blocks_make_the_codes_of_one_device(spec):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    over = NamedSharding(mesh, PartitionSpec(*spec))
+    g = np.random.default_rng(0).normal(size=(16, 2048)).astype(np.float32)
+    tx = low.scale_by_adam8bit()
+    state = tx.init({"w": jnp.asarray(g)})
+    shardings = jax.tree.map(lambda leaf: over if leaf.ndim else NamedSharding(mesh, PartitionSpec()), state)
+    step = jax.jit(tx.update, in_shardings=({"w": over}, shardings), out_shardings=({"w": over}, shardings))
+    compiled = step.lower({"w": g}, state).compile()
+    assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
+    updates, new = compiled(jax.device_put({"w": g}, {"w": over}), jax.device_put(state, shardings))
+    alone, expected = jax.jit(tx.update)({"w": jnp.asarray(g)}, state)
+    np.testing.assert_array_equal(new.mu["w"].planes[0], expected.mu["w"].planes[0])
+    np.testing.assert_array_equal(new.nu["w"].planes[0], expected.nu["w"].planes[0])
+    np.testing.assert_allclose(updates["w"], alone["w"], rtol=1e-6)
