@@ -17,6 +17,17 @@ from memjax.optim.adam8bit import (
 )
 from memjax.optim.adam_mini import adam_mini, adam_mini_state_bytes, scale_by_adam_mini
 from memjax.optim.apollo import apollo, apollo_mini, apollo_state_bytes, scale_by_apollo
+from memjax.optim.badam import (
+    BlockState,
+    BlockStep,
+    LayerBlocks,
+    badam,
+    badam_step,
+    block_step,
+    block_value_and_grad,
+    scale_by_badam,
+    scale_by_blocks,
+)
 from memjax.optim.bf16 import apply_updates_stochastic, round_stochastic
 from memjax.optim.fira import fira, fira_state_bytes, scale_by_fira
 from memjax.optim.flrml import Flrml, Triplets, cayley_step, flrml, flrml_minibatch, polar_retraction
@@ -24,6 +35,7 @@ from memjax.optim.frugal import FrugalState, apply_frugal, frugal, frugal_static
 from memjax.optim.fused_step import FusedMetrics, LossParts, fused_step, parts_of_stages
 from memjax.optim.galore import apply_galore, galore, galore_state_bytes, scale_by_galore
 from memjax.optim.ldadam import ldadam, ldadam_state_bytes, scale_by_ldadam, transport_moments
+from memjax.optim.lisa import lisa, lisa_step, scale_by_lisa
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
 from memjax.optim.meta_de import DE, DEState, MetaDE, MetaState, differential_evolution, evaluate, meta_de
 from memjax.optim.mezo import Mezo, MezoMetrics, MezoState, mezo
@@ -35,11 +47,14 @@ from memjax.optim.routing import label
 from memjax.optim.sharding import state_shardings
 
 __all__ = [
+    "BlockState",
+    "BlockStep",
     "DE",
     "DEState",
     "Flrml",
     "FrugalState",
     "FusedMetrics",
+    "LayerBlocks",
     "LossParts",
     "MatrixSpec",
     "MetaDE",
@@ -64,6 +79,10 @@ __all__ = [
     "apply_sgdm8bit",
     "apply_updates_stochastic",
     "as_matrices",
+    "badam",
+    "badam_step",
+    "block_step",
+    "block_value_and_grad",
     "cayley_step",
     "differential_evolution",
     "evaluate",
@@ -82,6 +101,8 @@ __all__ = [
     "ldadam",
     "ldadam_state_bytes",
     "lion8bit",
+    "lisa",
+    "lisa_step",
     "matrix_shape",
     "matrix_spec",
     "meta_de",
@@ -102,11 +123,14 @@ __all__ = [
     "scale_by_adam8bit",
     "scale_by_adam_mini",
     "scale_by_apollo",
+    "scale_by_badam",
+    "scale_by_blocks",
     "scale_by_fira",
     "scale_by_frugal",
     "scale_by_galore",
     "scale_by_ldadam",
     "scale_by_lion8bit",
+    "scale_by_lisa",
     "scale_by_micro_adam",
     "scale_by_q_galore",
     "scale_by_sgdm8bit",

@@ -247,8 +247,9 @@ def scale_by_frugal(
       axes: pattern -> `Axes` of leaves that are not ``[*batch, inputs, outputs]``.
 
     Returns:
-      A transformation with `FrugalState`; float32 bytes ``8 * (selected + whole) + 4 * table entries`` with Adam, and 4
-      for every counter.
+      A transformation with `FrugalState`: float32 bytes ``8 * (selected + whole) + 4 * table entries`` with Adam, and
+      4 for every counter. Its update takes slices of stacks too, with the number of the first as extra argument
+      ``layer`` (as `fused_step` gives it; not with blocks, which span layers).
 
     Raises:
       ValueError: settings out of range or that the split does not have; by ``init``, what `label` refuses, groups that
@@ -287,7 +288,9 @@ def scale_by_frugal(
         full = whole_inner.init(keep_whole(params, whole))
         return FrugalState(jnp.zeros((), jnp.int32), treedef.unflatten(first_tables), treedef.unflatten(moments), full)
 
-    def update(updates: Any, state: FrugalState, params: Any = None, **extra: Any) -> tuple[Any, FrugalState]:
+    def update(
+        updates: Any, state: FrugalState, params: Any = None, *, layer: Any = 0, **extra: Any
+    ) -> tuple[Any, FrugalState]:
         units, whole = settings.plan(updates)
         treedef: Any = jax.tree.structure(updates)
         gradients = treedef.flatten_up_to(updates)
@@ -307,7 +310,9 @@ def scale_by_frugal(
             due = tables.is_due(state.count, update_gap, offset)
             epoch = tables.epoch(state.count, update_gap, offset)
             before = new_tables[place]
-            table = tables.refresh(due, lambda: split.draw(seed, unit.number, epoch, parts, before), before)
+            words = tables.leaf_words(seed, unit.number)
+            first = layer if unit.specs[0].batch else 0
+            table = tables.refresh(due, lambda: split.draw(words, epoch, first, parts, before), before)
             selected, rest = split.divide(parts, table)
             beside = None
             if weights is not None:

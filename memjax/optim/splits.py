@@ -15,11 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memjax.core.random_bits import hash_bits
 from memjax.optim import low_rank, tables
 
 BlockOrder = Literal["random", "ascending", "descending", "mirror"]
 Transport = Callable[[jax.Array, bool], jax.Array]
+Words = tuple[jax.Array, jax.Array]
+
+
+def _at(words: Words, *indices: Any) -> Words:
+    """Returns the seed words of one use of a unit's."""
+    return tables.leaf_words(jnp.stack(words), *indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Columns:
         groups = self.shape[self.axis] // (self.group * self.strata)
         return jnp.zeros((self.shape[0], self.strata, groups), jnp.int32)
 
-    def draw(self, seed: Any, unit: int, epoch: jax.Array, gradients: list[jax.Array], table: Any) -> Any:
-        return tables.random_order(tables.leaf_words(seed, unit, epoch), table.shape)
+    def draw(self, words: Words, epoch: jax.Array, first: Any, gradients: list[jax.Array], table: Any) -> Any:
+        return tables.random_order(_at(words, epoch), table.shape, first)
 
     def divide(self, gradients: list[jax.Array], table: Any) -> tuple[jax.Array, list[jax.Array]]:
         return tables.take_groups(gradients[0], table[..., : self.kept], self.axis, self.group), gradients
@@ -88,13 +93,11 @@ class RandK:
         batch, rows, cols = self.shape
         return jnp.zeros((batch, cols), jnp.int32), jnp.zeros((batch, rows), jnp.int32)
 
-    def draw(self, seed: Any, unit: int, epoch: jax.Array, gradients: list[jax.Array], table: Any) -> Any:
+    def draw(self, words: Words, epoch: jax.Array, first: Any, gradients: list[jax.Array], table: Any) -> Any:
         order, shift = table
-        bits = hash_bits(tables.leaf_words(seed, unit, epoch, 1), tables.flat_counter(shift.shape))
-        return (
-            tables.random_order(tables.leaf_words(seed, unit, epoch), order.shape),
-            (bits % np.uint32(self.shape[2])).astype(jnp.int32),
-        )
+        bits = tables.matrix_bits(_at(words, epoch, 1), shift.shape, first)
+        distances = (bits % np.uint32(self.shape[2])).astype(jnp.int32)
+        return tables.random_order(_at(words, epoch), order.shape, first), distances
 
     def divide(self, gradients: list[jax.Array], table: Any) -> tuple[jax.Array, list[jax.Array]]:
         return jnp.take_along_axis(gradients[0], self._chosen(table), axis=-1, mode="clip"), gradients
@@ -154,10 +157,10 @@ class Blocks:
     def init(self) -> jax.Array:
         return jnp.zeros((self.total,), jnp.int32)
 
-    def draw(self, seed: Any, unit: int, epoch: jax.Array, gradients: list[jax.Array], table: Any) -> Any:
+    def draw(self, words: Words, epoch: jax.Array, first: Any, gradients: list[jax.Array], table: Any) -> Any:
         if self.order == "random":
             turns = -(-self.total // self.kept)
-            order = tables.random_order(tables.leaf_words(seed, unit, epoch // turns), (self.total,))
+            order = tables.random_order(_at(words, epoch // turns), (self.total,))
             # The last turn of a pass takes some of the turn before again rather than fewer.
             return jnp.roll(order, -jnp.minimum(epoch % turns * self.kept, self.total - self.kept))
         return jnp.roll(jnp.asarray(block_sequence(self.total, self.order)), -(epoch * self.kept % self.total))
@@ -223,15 +226,15 @@ class Orthogonal:
     def init(self) -> jax.Array:
         return jnp.zeros((self.shape[0], self.shape[self.axis], self.rank), jnp.float32)
 
-    def draw(self, seed: Any, unit: int, epoch: jax.Array, gradients: list[jax.Array], table: Any) -> Any:
-        own = jnp.arange(self.shape[0], dtype=jnp.uint32)
-        words = jnp.stack([*(jnp.full_like(own, w) for w in tables.leaf_words(seed, unit, epoch)), own], axis=1)
+    def draw(self, words: Words, epoch: jax.Array, first: Any, gradients: list[jax.Array], table: Any) -> Any:
+        own = jnp.arange(self.shape[0], dtype=jnp.uint32) + jnp.asarray(first).astype(jnp.uint32)
+        per_matrix = jnp.stack([*(jnp.full_like(own, word) for word in _at(words, epoch)), own], axis=1)
 
         def find(operands: Any) -> jax.Array:
             matrix, before, word = operands
             return low_rank.find_subspace(matrix, before, self.axis, self.rank, self.method, word, epoch == 0)
 
-        return lax.map(find, (gradients[0], table, words))
+        return lax.map(find, (gradients[0], table, per_matrix))
 
     def divide(self, gradients: list[jax.Array], table: Any) -> tuple[jax.Array, list[jax.Array]]:
         selected = low_rank.project(gradients[0], table, self.axis)

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,15 @@ def leaf_words(seed: Any, *indices: Any) -> tuple[jax.Array, jax.Array]:
     return seed_words(jnp.stack(words))
 
 
-def random_order(words: tuple[jax.Array, jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """Returns random permutations along the last axis, int32 ``[..., n]``."""
-    return jnp.argsort(hash_bits(words, flat_counter(shape)), axis=-1).astype(jnp.int32)
+def matrix_bits(words: tuple[jax.Array, jax.Array], shape: tuple[int, ...], first: Any = 0) -> jax.Array:
+    """Returns random bits uint32 ``[B, ...]`` for B matrices of a stack, the number of the first of which is given."""
+    start = jnp.asarray(first).astype(jnp.uint32) * np.uint32(math.prod(shape[1:]))
+    return hash_bits(words, flat_counter(shape) + start)
+
+
+def random_order(words: tuple[jax.Array, jax.Array], shape: tuple[int, ...], first: Any = 0) -> jax.Array:
+    """Returns random permutations along the last axis, int32 ``[..., n]``; of a stack from matrix ``first`` on."""
+    return jnp.argsort(matrix_bits(words, shape, first), axis=-1).astype(jnp.int32)
 
 
 def refresh(due: jax.Array, draw: Callable[[], Any], table: Any) -> Any:

@@ -104,6 +104,12 @@ def frugal_blocks(tree):
     return adam_bytes(rest) + 8 + sum(8 * size + 4 * count + 4 for count, size in stacks)
 
 
+def blocks_bytes(tree, active):
+    """Moments of the active of three layers and of all that is outside of the stack; three counters."""
+    stack = sizes(tree["layers"])
+    return adam_bytes(active * stack // 3 + sizes(tree) - stack) + 12
+
+
 def frugal_svd(tree, density=0.25):
     """A basis of the shorter side and moments along the longer one."""
     split, rest = matrices(tree)
@@ -164,6 +170,16 @@ OPTIMIZERS = [
         lambda learning_rate=1e-2, rho=0.908: optim.ldadam(learning_rate, 4, rho=rho, method="subspace_iteration"),
         lambda p: optim.ldadam_state_bytes(p, 4),
         bits32=False,
+    ),
+    Row(
+        "badam",
+        lambda learning_rate=1e-2, b1=0.9: mj.optim.badam(learning_rate, GAP, always="**", b1=b1),
+        lambda p: blocks_bytes(p, 1),
+    ),
+    Row(
+        "lisa",
+        lambda learning_rate=1e-2, b1=0.9: mj.optim.lisa(learning_rate, GAP, b1=b1, seed=1),
+        lambda p: blocks_bytes(p, 2),
     ),
     Row("frugal_columns", frugal(axis="input"), frugal_columns),
     Row(

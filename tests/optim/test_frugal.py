@@ -353,6 +353,35 @@ def test_routing():
         mj.optim.label(PARAMS, {"norm": "subspace"})
 
 
+@pytest.mark.parametrize("split", ["columns", "randk", "random"])
+def test_layer_by_layer_in_a_fused_step(split):
+    params = {"layers": {"kernel": 0.3 * PARAMS["stack"][:, :, :12]}, "out": 0.3 * PARAMS["wide"][:, :12].T}
+    parts = (
+        lambda p, batch: batch,
+        lambda layer, x, batch, index: jnp.tanh(x @ layer["kernel"]) + x,
+        lambda p, x, batch: jnp.sum((x @ p["out"]) ** 2),
+    )
+    tx = mj.optim.frugal(1e-2, 0.25, split=split, update_gap=2)
+    fused = jax.jit(mj.optim.fused_step(parts, tx))
+
+    @jax.jit
+    def plain(p, state, batch):
+        def loss(p):
+            x = jax.lax.scan(lambda x, layer: (parts[1](layer, x, batch, 0), None), batch, p["layers"])[0]
+            return parts[2](p, x, batch)
+
+        updates, state = tx.update(jax.grad(loss)(p), state, p)
+        return optax.apply_updates(p, updates), state
+
+    p, state, q, other = params, tx.init(params), params, tx.init(params)
+    for i in range(3):
+        batch = np.float32(np.random.default_rng(i).standard_normal((4, 12)))
+        p, state = plain(p, state, batch)
+        q, other, _ = fused(q, other, batch)
+    for x, y in zip(jax.tree.leaves((p, state)), jax.tree.leaves((q, other))):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_leaves_with_axes_of_their_own():
     p = {"o": {"kernel": jnp.ones((4, 6, 8))}}  # [heads, head_dim, d]
     tx = mj.optim.scale_by_frugal(0.25, axes={"o/kernel": mj.core.Axes((-3, -2), (-1,))})
