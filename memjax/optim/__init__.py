@@ -37,7 +37,17 @@ from memjax.optim.galore import apply_galore, galore, galore_state_bytes, scale_
 from memjax.optim.ldadam import ldadam, ldadam_state_bytes, scale_by_ldadam, transport_moments
 from memjax.optim.lisa import lisa, lisa_step, scale_by_lisa
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
-from memjax.optim.meta_de import DE, DEState, MetaDE, MetaState, differential_evolution, evaluate, meta_de
+from memjax.optim.meta_de import (
+    DE,
+    DEState,
+    MetaDE,
+    MetaState,
+    best_of,
+    differential_evolution,
+    evaluate,
+    evolve,
+    meta_de,
+)
 from memjax.optim.mezo import Mezo, MezoMetrics, MezoState, mezo
 from memjax.optim.micro_adam import micro_adam, micro_adam_state_bytes, scale_by_micro_adam
 from memjax.optim.pamc import meta_nodes, pamc_contrast, pamc_loss, sharpened, soft_assignment
@@ -81,11 +91,13 @@ __all__ = [
     "as_matrices",
     "badam",
     "badam_step",
+    "best_of",
     "block_step",
     "block_value_and_grad",
     "cayley_step",
     "differential_evolution",
     "evaluate",
+    "evolve",
     "fira",
     "fira_state_bytes",
     "flrml",

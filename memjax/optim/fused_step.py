@@ -302,8 +302,21 @@ def _needed(jaxpr: Any, outputs: Iterable[int]) -> tuple[list[Any], set[int]]:
     """Returns the equations that the numbered outputs need, and the numbers of the inputs that they use."""
     known = [*jaxpr.constvars, *jaxpr.invars]
     wanted = [jaxpr.outvars[i] for i in outputs]
-    eqns, used = jaxpr_compat.needed(jaxpr.eqns, known, [v for v in wanted if not isinstance(v, jaxpr_compat.Literal)])
+    eqns, used = jaxpr_compat.needed(
+        _without_order(jaxpr.eqns), known, [v for v in wanted if not isinstance(v, jaxpr_compat.Literal)]
+    )
     return eqns, {i for i, v in enumerate(jaxpr.invars) if v in used}
+
+
+def _without_order(eqns: Iterable[Any]) -> list[Any]:
+    """Returns the equations with barriers taken apart: a barrier orders what does not depend on each other."""
+    apart: list[Any] = []
+    for eqn in eqns:
+        if eqn.primitive.name == "optimization_barrier":
+            apart += (eqn.replace(invars=[v], outvars=[w]) for v, w in zip(eqn.invars, eqn.outvars))
+        else:
+            apart.append(eqn)
+    return apart
 
 
 class _Plan:
@@ -367,7 +380,7 @@ class _Plan:
         if structure != self.structure or given != [(leaf.shape, leaf.dtype) for leaf in now]:
             raise ValueError("expected the state of tx.init(params), got one of another structure or other shapes")
         if structure != longer_structure:
-            raise ValueError("the structure of the optimizer's state depends on the number of layers")
+            raise ValueError("twice as many layers change the structure of the optimizer's state, not its shapes alone")
         axes: list[int | None] = []
         for name, a, b in zip(self.names, now, twice):
             grown = [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
