@@ -25,7 +25,17 @@ from memjax.optim.fused_step import FusedMetrics, LossParts, fused_step, parts_o
 from memjax.optim.galore import apply_galore, galore, galore_state_bytes, scale_by_galore
 from memjax.optim.ldadam import ldadam, ldadam_state_bytes, scale_by_ldadam, transport_moments
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
-from memjax.optim.meta_de import DE, DEState, MetaDE, MetaState, differential_evolution, evaluate, meta_de
+from memjax.optim.meta_de import (
+    DE,
+    DEState,
+    MetaDE,
+    MetaState,
+    best_of,
+    differential_evolution,
+    evaluate,
+    evolve,
+    meta_de,
+)
 from memjax.optim.mezo import Mezo, MezoMetrics, MezoState, mezo
 from memjax.optim.micro_adam import micro_adam, micro_adam_state_bytes, scale_by_micro_adam
 from memjax.optim.pamc import meta_nodes, pamc_contrast, pamc_loss, sharpened, soft_assignment
@@ -64,9 +74,11 @@ __all__ = [
     "apply_sgdm8bit",
     "apply_updates_stochastic",
     "as_matrices",
+    "best_of",
     "cayley_step",
     "differential_evolution",
     "evaluate",
+    "evolve",
     "fira",
     "fira_state_bytes",
     "flrml",

@@ -70,7 +70,7 @@ class MetaDE(NamedTuple):
     tell: Callable[[MetaState, jax.Array, jax.Array, jax.Array], MetaState]
 
 
-def best(state: DEState) -> tuple[jax.Array, jax.Array]:
+def best_of(state: DEState) -> tuple[jax.Array, jax.Array]:
     """Returns the best point ``[D]`` of a population and its fitness."""
     i = jnp.argmin(state.fitness)
     return state.population[i], state.fitness[i]
@@ -199,7 +199,7 @@ def evaluate(
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(candidates)
 
 
-def run(method: DE, state: DEState, objective: Objective, steps: Any, **options: Any) -> DEState:
+def evolve(method: DE, state: DEState, objective: Objective, steps: Any, **options: Any) -> DEState:
     """Asks, evaluates and tells ``steps`` times.
 
     Args:
@@ -260,9 +260,8 @@ def meta_de(
         def executor(arguments: Any) -> tuple[jax.Array, jax.Array]:
             genome, words = arguments
             method = differential_evolution(lower, upper, population, genome=genome)
-            point, fitness = best(
-                run(method, method.init(jax.random.wrap_key_data(words, impl=impl)), objective, steps)
-            )
+            start = method.init(jax.random.wrap_key_data(words, impl=impl))
+            point, fitness = best_of(evolve(method, start, objective, steps))
             return fitness, point
 
         words = jax.random.key_data(key)

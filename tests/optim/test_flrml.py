@@ -3,8 +3,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.optim import flrml as module
-from memjax.optim.flrml import Triplets, flrml, flrml_minibatch
+from memjax.optim.flrml import (
+    Triplets,
+    cayley_step,
+    flrml,
+    flrml_minibatch,
+    objective,
+    objective_grad,
+    polar_retraction,
+    scores,
+    search_start,
+    search_step,
+    spectral,
+    start,
+)
 
 D, N, CLASSES, DIM = 30, 90, 3, 4
 
@@ -40,7 +52,7 @@ def numpy_parts(x, triplets, P, active):
 
 def test_objective_and_gradient_equal_the_numpy_transcription():
     x, _, triplets = problem()
-    _, _, data = module.spectral(x, module._checked(triplets))
+    _, _, data = spectral(x, Triplets(*map(jnp.asarray, triplets)))
     rng = np.random.default_rng(1)
     P = np.linalg.qr(rng.normal(size=(D, DIM)))[0]
     active = rng.random(N) < 0.7
@@ -49,26 +61,26 @@ def test_objective_and_gradient_equal_the_numpy_transcription():
     sign = np.sign(np.sum(np.asarray(data.v) * vt.T, axis=0))
     value, grad, score = numpy_parts(x, triplets, P, active)
     given = jnp.asarray(P * sign[:, None], jnp.float32)
-    np.testing.assert_allclose(module.objective(data, given, active, 0.3), value, rtol=1e-4)
-    got = module.objective_grad(data, given, active)
+    np.testing.assert_allclose(objective(data, given, active, 0.3), value, rtol=1e-4)
+    got = objective_grad(data, given, active)
     np.testing.assert_allclose(got * sign[:, None], grad, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(module.scores(data, given), score, rtol=1e-3, atol=1e-5)
-    auto = jax.jit(jax.grad(lambda P: module.objective(data, P, active, 0.3)))(given)
+    np.testing.assert_allclose(scores(data, given), score, rtol=1e-3, atol=1e-5)
+    auto = jax.jit(jax.grad(lambda P: objective(data, P, active, 0.3)))(given)
     np.testing.assert_allclose(got, auto, rtol=1e-3, atol=1e-5)
 
 
 def test_the_search_stays_on_the_manifold_and_goes_down():
     x, _, triplets = problem()
-    _, _, data = module.spectral(x, module._checked(triplets))
-    P, margin, active = module.start(data, DIM, jax.random.key(0), 1.0)
-    search = module.search_start(data, P, active, margin)
-    step = jax.jit(lambda search, i: module.search_step(data, search, margin, i))
+    _, _, data = spectral(x, Triplets(*map(jnp.asarray, triplets)))
+    P, margin, active = start(data, DIM, jax.random.key(0), 1.0)
+    search = search_start(data, P, active, margin)
+    step = jax.jit(lambda search, i: search_step(data, search, margin, i))
     first = search.value
     for i in range(15):
         before, search = search, step(search, i)
         np.testing.assert_allclose(search.P.T @ search.P, np.eye(DIM), atol=2e-6)
         # With the anchors of the step, it beats the mean of past objectives.
-        assert module.objective(data, search.P, before.active, margin) <= before.reference + 1e-6
+        assert objective(data, search.P, before.active, margin) <= before.reference + 1e-6
     assert search.value < first
 
 
@@ -77,10 +89,10 @@ def test_cayley_step_equals_its_definition_and_descends():
     P, grad = np.linalg.qr(rng.normal(size=(9, 3)))[0], rng.normal(size=(9, 3))
     A = grad @ P.T - P @ grad.T
     expected = np.linalg.solve(np.eye(9) + 0.15 * A, (np.eye(9) - 0.15 * A) @ P)
-    got = module.cayley_step(jnp.float32(P), jnp.float32(grad), 0.3)
+    got = cayley_step(jnp.float32(P), jnp.float32(grad), 0.3)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert np.sum(np.asarray(got - P) * grad) < 0
-    polar = module.polar_retraction(jnp.float32(P + 0.1 * grad))
+    polar = polar_retraction(jnp.float32(P + 0.1 * grad))
     np.testing.assert_allclose(polar.T @ polar, np.eye(3), atol=1e-5)
 
 
