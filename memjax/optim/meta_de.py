@@ -260,9 +260,8 @@ def meta_de(
         def executor(arguments: Any) -> tuple[jax.Array, jax.Array]:
             genome, words = arguments
             method = differential_evolution(lower, upper, population, genome=genome)
-            point, fitness = best(
-                run(method, method.init(jax.random.wrap_key_data(words, impl=impl)), objective, steps)
-            )
+            start = method.init(jax.random.wrap_key_data(words, impl=impl))
+            point, fitness = best_of(evolve(method, start, objective, steps))
             return fitness, point
 
         words = jax.random.key_data(key)
