@@ -89,7 +89,7 @@ def test_finds_the_minimum_and_never_gets_worse():
 
 
 def test_meta_de_beats_plain_de_at_equal_evaluations():
-    genomes, steps, generations = 16, 30, 4
+    genomes, steps, generations = 16, 20, 4
     mesh = jax.make_mesh((8,), ("population",), axis_types=(jax.sharding.AxisType.Auto,))
     method = meta_de(
         rastrigin, LOWER, UPPER, genomes=genomes, population=P, steps=steps, chunk=1, mesh=mesh, axis="population"
