@@ -53,6 +53,7 @@ METHODS: dict[str, Method] = {
         lambda lr: optim.frugal(lr, density=0.25, update_gap=GAP, state_free_scale=0.0), _RATES
     ),
     "FRUGAL 0": Method(lambda lr: optim.frugal(lr, density=0.0), _RATES),
+    "BAdam": Method(lambda lr: optim.badam(lr, GAP), _RATES),
     "GaLore": Method(lambda lr: optim.galore(lr, 0.25, GAP), _RATES),
     "Fira": Method(lambda lr: optim.fira(lr, 0.25, GAP), _RATES),
     "APOLLO": Method(lambda lr: optim.apollo(lr, 0.25, GAP), _RATES),
@@ -60,6 +61,8 @@ METHODS: dict[str, Method] = {
     "LDAdam": Method(lambda lr: optim.ldadam(lr, 0.25), _RATES),
     "AdamW, 8 bits": Method(lambda lr: optim.adamw8bit(lr, weight_decay=0.0), _RATES),
     "AdamW, 4 bits": Method(lambda lr: optim.adamw4bit(lr, weight_decay=0.0), _RATES),
+    "Adam-mini": Method(lambda lr: optim.adam_mini(lr), _RATES),
+    "MicroAdam": Method(lambda lr: optim.micro_adam(lr), _RATES),
     "Lion, 8 bits": Method(lambda lr: optim.lion8bit(lr, weight_decay=0.0), (1e-4, 3e-4, 1e-3)),
 }
 
