@@ -33,9 +33,9 @@ class BlockState(NamedTuple):
 
     Attributes:
       count: int32 scalar, steps done.
-      moments: of the inner transform for the active layers, leaves float32 ``[k, ...]``.
+      moments: of the inner transform for the active layers, ``{"layers": tree of float32 [k, ...]}``.
       outer: of the inner transform for leaves outside of the stack that are always trained.
-      master: float32 copies ``[k, ...]`` of the active layers, or ``()``.
+      master: float32 copies of the active layers, of the same form, or ``()``.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -140,7 +140,7 @@ def _fresh(inner: optax.GradientTransformation, due: jax.Array, state: Any, like
 def _init(blocks: LayerBlocks, inner: optax.GradientTransformation, params: Any, master: bool) -> BlockState:
     stack, outer, total = blocks.divide(params)
     kept = min(blocks.active, total)
-    block = jax.tree.map(lambda x: jnp.zeros((kept, *x.shape[1:]), jnp.float32), stack)
+    block = {blocks.layers: jax.tree.map(lambda x: jnp.zeros((kept, *x.shape[1:]), jnp.float32), stack)}
     whole = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), outer)
     # The first step is a switch, which loads the copies.
     return BlockState(jnp.zeros((), jnp.int32), inner.init(block), inner.init(whole), block if master else ())
@@ -173,11 +173,11 @@ def scale_by_blocks(
             return out, state._replace(count=state.count + 1)
         active = blocks.choose(state.count, total)
         due = state.count % blocks.switch_every == 0
-        gradients, whole = _float32(_take(stack, active)), _float32(outer)
+        gradients, whole = {blocks.layers: _float32(_take(stack, active))}, _float32(outer)
         weights = whole_weights = None
         if params is not None:
             stack_now, outer_now, _ = blocks.divide(params)
-            weights, whole_weights = _float32(_take(stack_now, active)), _float32(outer_now)
+            weights, whole_weights = {blocks.layers: _float32(_take(stack_now, active))}, _float32(outer_now)
         moments = _fresh(transform, due, state.moments, gradients)
         steps, moments = transform.update(gradients, moments, weights, **extra)
         whole_steps, whole_state = transform.update(whole, state.outer, whole_weights, **extra)
@@ -193,7 +193,7 @@ def scale_by_blocks(
             mask = is_active.reshape(-1, *[1] * (g.ndim - 1))
             return jnp.where(mask, jnp.take(step, slot, axis=0, mode="clip"), 0).astype(g.dtype)
 
-        out[blocks.layers] = jax.tree.map(put, steps, stack)
+        out[blocks.layers] = jax.tree.map(put, steps[blocks.layers], stack)
         for name, tree in whole_steps.items():
             out[name] = jax.tree.map(
                 lambda u, zero: zero if u is None else u.astype(zero.dtype),
@@ -316,7 +316,7 @@ def block_step(
         due = state.count % blocks.switch_every == 0
         loss, grads, outer_grads = gradients_of(params, active, batch)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        loaded = _float32(_take(stack, active))
+        loaded = {blocks.layers: _float32(_take(stack, active))}
         master = jax.tree.map(lambda new, now: jnp.where(due, new, now), loaded, state.master)
 
         def descend(gradients: Any, moments: Any, weights: Any, axes: int) -> tuple[Any, Any]:
@@ -324,7 +324,7 @@ def block_step(
             steps = _decayed(steps, weights, weight_decay, axes)
             return jax.tree.map(lambda w, u: w - rate * u, weights, steps), moments
 
-        master, moments = descend(grads, _fresh(inner, due, state.moments, master), master, 3)
+        master, moments = descend({blocks.layers: grads}, _fresh(inner, due, state.moments, master), master, 3)
         outer, outer_state = descend(outer_grads, state.outer, _float32(trained), 2)
 
         def overwrite(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -338,7 +338,7 @@ def block_step(
             )
             for name, tree in outer.items()
         }
-        new_params = {**new_outer, blocks.layers: jax.tree.map(overwrite, stack, master)}
+        new_params = {**new_outer, blocks.layers: jax.tree.map(overwrite, stack, master[blocks.layers])}
         return new_params, BlockState(state.count + 1, moments, outer_state, master), loss
 
     return BlockStep(lambda params: _init(blocks, inner, params, True), step)

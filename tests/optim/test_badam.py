@@ -146,7 +146,7 @@ def test_bf16_params_are_trained_on_float32_copies():
     assert mj.optim.state_bytes(state) == 12 * (D * D + D) + 3 * 4
     for _ in range(10):
         q, state, _ = step(p, state, BATCHES[0])
-    moved = np.abs(np.asarray(state.master["w"][0]) - np.float32(p["layers"]["w"]))
+    moved = np.abs(np.asarray(state.master["layers"]["w"][0]) - np.float32(p["layers"]["w"]))
     assert moved[int(np.argmin(moved.sum((1, 2))))].max() > 5e-5
     assert q["layers"]["w"].dtype == jnp.bfloat16
 
