@@ -10,6 +10,8 @@ matrix, the embedding and the output head keep all their moments.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memjax.codecs.fused import varying_like, whole_arrays
 from memjax.core.paths import leaf_paths, lookup
 from memjax.core.views import Axes
 from memjax.optim import routing, splits, tables
@@ -26,6 +29,10 @@ from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix
 from memjax.optim.quantized_state import quantize_state
 from memjax.optim.sharding import sliced
 from memjax.optim.splits import Blocks, Columns, Orthogonal, RandK, Split
+from pallas_kernels.optim import adam_scalars
+from pallas_kernels.optim.api import frugal_adam_step, frugal_unsupported
+from pallas_kernels.optim.reference import Scalars
+from pallas_kernels.packed_matmul import on_hopper
 
 SplitName = Literal["columns", "blockwise", "randk", "svd", "eigh", "subspace_iteration", "random"]
 StateFree = Literal["sign", "sgd", "none"]
@@ -411,6 +418,25 @@ def frugal(
     )
 
 
+_step_by_kernel: Callable[..., Any] = functools.partial(frugal_adam_step, implementation="mosaic_gpu")
+
+
+def _runs(split: Split | None, table: Any) -> tuple[tuple[int, int, int], int, jax.Array] | None:
+    """Returns how the kernel sees a unit: (outer, runs, run), kept runs, and their places; or None where it cannot."""
+    if isinstance(split, Blocks) and len(split.counts) == 1:
+        return (1, split.total, math.prod(split.size)), split.kept, tables.positions(table)[None]
+    if not isinstance(split, Columns):
+        return None
+    batch, rows, cols = split.shape
+    kept, position = split.strata * split.kept, tables.positions(table)
+    first = jnp.arange(split.strata, dtype=jnp.int32)[:, None] * split.kept
+    place = jnp.where(position < split.kept, position + first, kept).reshape(batch, -1)
+    if split.axis == -2:
+        return (batch, rows // split.group, split.group * cols), kept, place
+    places = jnp.broadcast_to(place[:, None], (batch, rows, place.shape[1])).reshape(batch * rows, -1)
+    return (batch * rows, cols // split.group, split.group), kept, places
+
+
 def apply_frugal(
     params: Any,
     grads: Any,
@@ -419,9 +445,13 @@ def apply_frugal(
     *,
     weight_decay: Any = 0.0,
     key: Any = None,
+    implementation: Literal["mosaic_gpu", "xla"] | None = None,
     **settings: Any,
 ) -> tuple[Any, FrugalState]:
-    """One step of `frugal` from gradients to parameters, leaf by leaf; donate params and state where it is jitted.
+    """One step of `frugal` from gradients to parameters; jit it, and donate params and state.
+
+    On a Hopper GPU a kernel passes once over the matrices of columns and of stacks of blocks, if the inner transform is
+    the default with float32 moments, the rest goes by sign, and moments are not projected.
 
     Args:
       params: pytree of arrays.
@@ -429,20 +459,73 @@ def apply_frugal(
       state: of ``scale_by_frugal(**settings).init(params)``.
       learning_rate, weight_decay: scalars, traced or not.
       key: rounds bfloat16 parameters stochastically, see `apply_updates_stochastic`; None rounds to nearest.
+      implementation: ``"mosaic_gpu"``, ``"xla"``, or None for the kernel where it can run.
       settings: of `scale_by_frugal`.
 
     Returns:
       (params, state), equal to what ``frugal(learning_rate, ...)`` and `optax.apply_updates` give.
+
+    Raises:
+      ValueError: ``implementation="mosaic_gpu"`` where the kernel cannot take the settings or a matrix; says why.
     """
-    direction, state = scale_by_frugal(**settings).update(grads, state, params)
+    if implementation not in (None, "mosaic_gpu", "xla"):
+        raise ValueError(f"implementation must be 'mosaic_gpu', 'xla' or None, got {implementation!r}")
+    direction, new = scale_by_frugal(**settings).update(grads, state, params)
 
     def scale(u: jax.Array, p: jax.Array) -> jax.Array:
         return -learning_rate * (u + weight_decay * p)
 
     updates = jax.tree.map(scale, direction, params)
-    if key is None:
-        return optax.apply_updates(params, updates), state
-    return apply_updates_stochastic(params, updates, key), state
+    moved = optax.apply_updates(params, updates) if key is None else apply_updates_stochastic(params, updates, key)
+    bound = inspect.signature(scale_by_frugal).bind(**settings)
+    bound.apply_defaults()
+    given = bound.arguments
+    wanted = {"inner": None, "state_bits": 32, "state_free": "sign"}
+    unfit = [f"{name}={given[name]!r}" for name, value in wanted.items() if given[name] != value]
+    if given["on_switch"] == "project":
+        unfit.append("on_switch='project'")
+    if implementation == "mosaic_gpu" and unfit:
+        raise ValueError(f"the kernel has no {', '.join(unfit)}; use implementation='xla'")
+    if implementation == "xla" or unfit or (implementation is None and not (on_hopper() and whole_arrays())):
+        return moved, new
+
+    units, _ = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)}).plan(grads)
+    treedef: Any = jax.tree.structure(params)
+    leaves, slopes, done = (treedef.flatten_up_to(tree) for tree in (params, grads, moved))
+    old, moments, places = (treedef.flatten_up_to(t) for t in (state.moments, new.moments, new.tables))
+    rate = learning_rate * given["subspace_scale"]
+    for unit in units:
+        leaf = unit.leaves[0]
+        seen = _runs(unit.split, places[leaf])
+        if seen is None:
+            if implementation == "mosaic_gpu" and unit.split is not None:
+                raise ValueError(f"the kernel has no {unit.split}; use implementation='xla'")
+            continue
+        shape, kept, place = seen
+        p, g = (as_matrices(x[leaf], unit.specs[0]).reshape(shape) for x in (leaves, slopes))
+        if implementation is None and frugal_unsupported(*shape[1:], kept, p.dtype, g.dtype):
+            continue
+        offset = tables.stagger_offset(unit.number, len(units), given["update_gap"]) if given["stagger"] else 0
+        due = tables.is_due(state.count, given["update_gap"], offset) & (given["on_switch"] == "reset")
+        scalars = adam_scalars(
+            rate,
+            given["b1"],
+            given["b2"],
+            given["eps"],
+            moments[leaf].count.astype(jnp.float32),
+            free_rate=rate * given["state_free_scale"],
+            keep=jnp.where(due, 0.0, 1.0),
+        )
+        shrink = Scalars._fields.index("shrink")
+        scalars = scalars.at[shrink].set(1 - learning_rate * weight_decay)
+        words = None if key is None or p.dtype != jnp.bfloat16 else tables.leaf_words(key, leaf)
+        held = [moment.reshape(shape[0], kept, shape[2]) for moment in (old[leaf].mu, old[leaf].nu)]
+        made = varying_like((p, g, *held), _step_by_kernel(p, g, *held, place, scalars, words))
+        batched = matrix_shape(leaves[leaf].shape, unit.specs[0])
+        done[leaf] = from_matrices(made[0].reshape(batched), unit.specs[0], leaves[leaf].shape)
+        mu, nu = (x.reshape(old[leaf].mu.shape) for x in made[1:])
+        moments[leaf] = moments[leaf]._replace(mu=mu, nu=nu)
+    return treedef.unflatten(done), new._replace(moments=treedef.unflatten(moments))
 
 
 def resize_frugal(tx: optax.GradientTransformation, state: FrugalState, params: Any) -> FrugalState:

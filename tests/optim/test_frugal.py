@@ -1,6 +1,7 @@
 """FRUGAL against a plain transcription of its reference, and what its limits must equal."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import memjax as mj
 from memjax.core import compiled_bytes
 from memjax.optim import tables
 from memjax.optim.splits import Orthogonal, block_quotas, block_sequence
+from pallas_kernels import optim
 
 GAP, STEPS = 20, 50
 RNG = np.random.default_rng(0)
@@ -269,6 +271,53 @@ def test_fused_apply_equals_the_chain_bitwise(settings):
         p, chain = step(p, chain, GRADS[i])
         q, state = apply(q, state, GRADS[i])
         assert jax.tree.all(jax.tree.map(np.array_equal, p, q))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"subspace_scale": 0.5, "state_free_scale": 0.3},
+        {"axis": "output", "group": 4, "on_switch": "keep"},
+        {"shards": 2, "group": 2, "stagger": True},
+        {"split": "blockwise"},
+    ],
+    ids=str,
+)
+def test_the_kernel_gets_runs_places_and_scalars_that_give_the_same_step(settings, monkeypatch):
+    """The kernel's plain form in its place; the kernel itself is compared with that form where it is tested."""
+    module = importlib.import_module("memjax.optim.frugal")
+    plain = functools.partial(optim.frugal_adam_step, implementation="xla")
+    taken = []
+    monkeypatch.setattr(module, "_step_by_kernel", lambda *args: taken.append(args[0].shape) or plain(*args))
+    params = {"stack": PARAMS["stack"], "tall": PARAMS["tall"]}
+    settings = {"density": 0.5, "update_gap": 2, **settings}
+    found = expected = params
+    state = other = mj.optim.scale_by_frugal(**settings).init(params)
+    steps = {
+        name: jax.jit(
+            functools.partial(mj.optim.apply_frugal, weight_decay=0.1, implementation=name, **settings),
+            static_argnames="learning_rate",
+        )
+        for name in ("mosaic_gpu", "xla")
+    }
+    for i in range(4):
+        g = {name: GRADS[i][name] for name in params}
+        found, state = steps["mosaic_gpu"](found, g, state, learning_rate=1e-2)
+        expected, other = steps["xla"](expected, g, other, learning_rate=1e-2)
+    assert len(taken) == (1 if settings.get("split") else 2)  # both blocks with moments are of the stack
+    for x, y in zip(jax.tree.leaves((found, state)), jax.tree.leaves((expected, other))):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_kernel_has_not_is_said():
+    p = {"wide": PARAMS["wide"]}
+    for settings, message in (
+        ({"state_bits": 8, "on_switch": "project"}, "the kernel has no state_bits=8, on_switch='project'"),
+        ({"split": "randk"}, "the kernel has no RandK"),
+    ):
+        state = mj.optim.scale_by_frugal(**settings).init(p)
+        with pytest.raises(ValueError, match=message):
+            mj.optim.apply_frugal(p, p, state, 1e-2, implementation="mosaic_gpu", **settings)
 
 
 @pytest.mark.parametrize(
