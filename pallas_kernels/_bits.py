@@ -110,6 +110,12 @@ def uniform(bits: jax.Array) -> jax.Array:
     return (bits >> np.uint32(8)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-24)
 
 
+def normal(bits: jax.Array) -> jax.Array:
+    """Returns float32 standard normal numbers, within 5.4 deviations, from uint32 random bits."""
+    centered = 2 * uniform(bits) + np.float32(2**-24 - 1)  # odd multiples of 2**-24 within (-1, 1)
+    return np.float32(math.sqrt(2)) * lax.erf_inv(centered)
+
+
 def _split(x: jax.Array, axis: int, *sizes: int) -> jax.Array:
     axis %= x.ndim
     return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])

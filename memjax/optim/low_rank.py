@@ -19,7 +19,7 @@ from jax import lax
 
 from memjax.core import Axes, leaf_paths
 from memjax.core.paths import lookup
-from memjax.core.random_bits import random_bits, uniform
+from memjax.core.random_bits import normal, random_bits
 from memjax.optim import routing, tables
 from memjax.optim.matrices import MatrixSpec, matrix_shape, matrix_spec
 
@@ -189,8 +189,7 @@ def multiply(matrices: jax.Array, coordinates: jax.Array, axis: int, precision: 
 
 def gaussian(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns float32 standard normal numbers of ``shape`` from seed words ``[n]``, one hash each."""
-    half_open = uniform(random_bits(words, shape))
-    return np.float32(math.sqrt(2)) * lax.erf_inv(2 * (half_open + np.float32(2**-25)) - 1)
+    return normal(random_bits(words, shape))
 
 
 def find_subspace(

@@ -17,9 +17,10 @@ import numpy as np
 from jax import lax
 
 from memjax.core.paths import leaf_paths
-from memjax.core.random_bits import hash_bits, seed_words, uniform
+from memjax.core.random_bits import hash_bits, normal
 from memjax.core.views import is_view
 from memjax.optim.fused_step import LossParts, check_stack
+from memjax.optim.tables import leaf_words
 from pallas_kernels._bits import flat_counter
 
 Rule = Literal["sgd", "momentum", "adam"]
@@ -72,13 +73,7 @@ def noise(seed: Any, step: Any, sample: Any, leaf: Any, layer: Any, shape: tuple
     Returns:
       float32 of ``shape``; element i is the normal quantile of the hash of i, so within 5.4 deviations.
     """
-    words = [*seed_words(seed), *(jnp.asarray(i).astype(jnp.uint32) for i in (step, sample, leaf, layer))]
-    return _normal(hash_bits(seed_words(jnp.stack(words)), flat_counter(shape)))
-
-
-def _normal(bits: jax.Array) -> jax.Array:
-    centered = 2 * uniform(bits) + np.float32(2**-24 - 1)  # odd multiples of 2**-24 within (-1, 1)
-    return np.float32(np.sqrt(2)) * lax.erf_inv(centered)
+    return normal(hash_bits(leaf_words(seed, step, sample, leaf, layer), flat_counter(shape)))
 
 
 def mezo(

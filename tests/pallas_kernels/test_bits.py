@@ -72,6 +72,12 @@ def bit_matrix(words):
     return np.unpackbits(np.asarray(words).astype("<u4").view(np.uint8).reshape(-1, 4), axis=1)
 
 
+def test_normal_is_finite_and_symmetric_at_its_ends():
+    ends = _bits.normal(jnp.asarray([0, 0xFFFFFFFF, 0x7FFFFFFF, 0x80000000], jnp.uint32))
+    assert -5.5 < ends[0] == -ends[1] < -5.4
+    assert -1e-7 < ends[2] == -ends[3] < 0
+
+
 @pytest.mark.parametrize("shift", [1, 2, 64, 4096])
 def test_neighbouring_counters_are_uncorrelated(shift):
     n = 1 << 16
