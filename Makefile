@@ -6,6 +6,7 @@ PIP      := python -m pip install --quiet --disable-pip-version-check --constrai
 PINS     := pyproject.toml constraints.txt requirements-models.txt Makefile
 SOURCES  := memjax pallas_kernels benchmarks tests
 PYTEST   ?= -q
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 
 export JAX_PLATFORMS ?= cpu
 
@@ -19,10 +20,10 @@ demo: .venv/installed-demo ## fine-tune the packaged SmolLM2 on the King James B
 	.venv/bin/memjax finetune --model smollm2 --data kjv --out runs/demo
 
 test: lint smoke-next .venv/installed-test ## every check that CI makes
-	MEMJAX_REQUIRE_WEIGHTS=1 .venv/bin/python -m pytest $(PYTEST) -m "not slow and not gpu"
+	MEMJAX_REQUIRE_WEIGHTS=1 .venv/bin/python -m pytest $(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-all: lint smoke-next .venv/installed-test ## the same, with full products in place of samples
-	MEMJAX_REQUIRE_WEIGHTS=1 .venv/bin/python -m pytest $(PYTEST) -m "not gpu"
+	MEMJAX_REQUIRE_WEIGHTS=1 .venv/bin/python -m pytest $(PYTEST) $(PARALLEL) -m "not gpu"
 
 smoke-next: .venv-next/installed-test # the tests marked `smoke` on the newest jax that memjax admits
 	.venv-next/bin/python -m pytest $(PYTEST) -m smoke

@@ -72,9 +72,9 @@ def slope(sizes):
 def test_the_slope_with_depth_is_the_formula(compiled, record_property):
     measured, intercept = slope([compiled_bytes(compiled[depth]).total for depth in DEPTHS])
     predicted, _ = slope([formula(depth) for depth in DEPTHS])
-    record_property("slope_bytes", measured)
-    record_property("formula_bytes", predicted)
-    record_property("intercept_bytes", intercept)
+    record_property("slope_bytes", float(measured))
+    record_property("formula_bytes", float(predicted))
+    record_property("intercept_bytes", float(intercept))
     print(f"slope {measured:.0f} bytes a layer, formula {predicted:.0f}, intercept {intercept:.0f}")
     assert measured == pytest.approx(predicted, rel=0.02)
     assert 0 <= intercept < 8 * D * F * 4
