@@ -78,7 +78,7 @@ def test_the_search_stays_on_the_manifold_and_goes_down():
     first = search.value
     for i in range(15):
         before, search = search, step(search, i)
-        np.testing.assert_allclose(search.P.T @ search.P, np.eye(DIM), atol=2e-6)
+        np.testing.assert_allclose(search.P.T @ search.P, np.eye(DIM), atol=1e-5)
         # With the anchors of the step, it beats the mean of past objectives.
         assert objective(data, search.P, before.active, margin) <= before.reference + 1e-6
     assert search.value < first
