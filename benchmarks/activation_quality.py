@@ -23,7 +23,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling ta
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import memjax as mj
@@ -33,7 +32,6 @@ from memjax import models
 from memjax.recipes import data
 from memjax.recipes.data import Windows
 from memjax.recipes.evaluate import make_evaluate
-from memjax.recipes.train import init_state, make_step
 
 SEEDS = (0, 1, 2)
 
@@ -100,24 +98,14 @@ class Task:
         """Trains with every seed and returns the row of a policy."""
         rate = optax.warmup_cosine_decay_schedule(0.1 * self.lr, self.lr, max(1, self.steps // 10), self.steps)
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
-        step = make_step(self.loss_fn(remat), tx)
-
-        @jax.jit
-        def train(theta: Any, frozen: Any, batches: Windows) -> tuple[Any, jax.Array]:
-            state, metrics = jax.lax.scan(
-                lambda state, batch: step(state, frozen, batch), init_state(theta, tx), batches
-            )
-            return state.theta, metrics.loss
-
+        train = jax.jit(functools.partial(quality.train, self.loss_fn(remat), tx))
         evaluate = make_evaluate(self.loss_fn("none"))
         after, trained = [], []
         for seed in SEEDS:
             theta, frozen = self.start(seed)
-            loader = data.Loader(self.train, self.batch, seed)
-            parts = [loader.batch_at(i)[:3] for i in range(self.steps)]
-            theta, losses = train(theta, frozen, Windows(*(np.stack(field) for field in zip(*parts))))
+            theta, metrics = train(theta, frozen, quality.batches(self.train, self.batch, seed, self.steps))
             after.append(evaluate(theta, frozen, self.held_out, 16).nll)
-            trained.append(float(losses[-self.steps // 10 :].mean()))
+            trained.append(float(metrics.loss[-self.steps // 10 :].mean()))
         return {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(theta)),
             "layers": self.model.config.num_layers,

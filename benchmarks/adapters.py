@@ -27,7 +27,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling ta
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import memjax as mj
@@ -38,7 +37,6 @@ from memjax.ops import linear_cross_entropy
 from memjax.recipes import data
 from memjax.recipes.data import Windows
 from memjax.recipes.evaluate import make_evaluate
-from memjax.recipes.train import init_state, make_step
 
 RANK, ALPHA = 16, 32.0
 SEEDS, STEPS, BATCH, TOKENS, WINDOWS = (0, 1, 2), 50, 2, 128, 32
@@ -158,9 +156,7 @@ class Bench:
 
     def batches(self, seed: int) -> Windows:
         """Returns the batches of all steps, ``[steps, 2, 128]``."""
-        loader = data.Loader(self.train, BATCH, seed)
-        parts = [loader.batch_at(i) for i in range(self.steps)]
-        return Windows(*(np.stack(field) for field in zip(*(part[:3] for part in parts))))
+        return quality.batches(self.train, BATCH, seed, self.steps)
 
     def loss_fn(self, adapter: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """Returns the loss ``(theta, frozen, batch, key) -> (sum, count)``; key None is for evaluation."""
@@ -208,13 +204,9 @@ class Bench:
 
         @jax.jit
         def train(theta: Any, frozen: Any, batches: Windows, lr: Any, seed: Any) -> tuple[Any, jax.Array, Any]:
-            tx = method.optimizer(lr, self.steps)
-            step = make_step(loss, tx, seed=seed)
-            state, metrics = jax.lax.scan(
-                lambda state, batch: step(state, frozen, batch), init_state(theta, tx), batches
-            )
+            theta, metrics = quality.train(loss, method.optimizer(lr, self.steps), theta, frozen, batches, seed)
             finite = jnp.stack([leaf.all() for leaf in jax.tree.leaves(metrics.finite)]).all()
-            return state.theta, metrics.loss, finite
+            return theta, metrics.loss, finite
 
         evaluate = make_evaluate(lambda theta, frozen, batch, key: loss(theta, frozen, batch, None))
 

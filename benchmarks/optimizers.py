@@ -24,16 +24,13 @@ from typing import Any, NamedTuple
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
 
 import jax
-import numpy as np
 import optax
 
 from benchmarks import quality
 from benchmarks.activation_quality import SEEDS, Task, language_model
 from memjax import optim
-from memjax.recipes import data
 from memjax.recipes.data import Windows
 from memjax.recipes.evaluate import make_evaluate
-from memjax.recipes.train import init_state, make_step
 
 GAP = 50  # steps between changes of a subspace: eight in the run
 
@@ -72,23 +69,19 @@ def measure(task: Task, method: Method, chosen_on: Windows) -> dict[str, Any]:
     loss = task.loss_fn("none")
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train(theta: Any, batches: Windows, lr: Any) -> tuple[Any, Any]:
+    def train(theta: Any, batches: Windows, lr: Any) -> Any:
         shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, task.steps // 10), task.steps, 0.1)
         tx = optax.chain(optax.clip_by_global_norm(1.0), method.make(lambda count: lr * shape(count)))
-        step = make_step(loss, tx)
-        state, metrics = jax.lax.scan(lambda state, batch: step(state, {}, batch), init_state(theta, tx), batches)
-        return state.theta, metrics.loss
+        return quality.train(loss, tx, theta, {}, batches)[0]
 
     evaluate = make_evaluate(loss)
     after, rates, times, best, lr = [], {}, [], math.inf, method.rates[0]
     for seed in SEEDS:
-        loader = data.Loader(task.train, task.batch, seed)
-        parts = [loader.batch_at(i)[:3] for i in range(task.steps)]
-        batches = jax.device_put(Windows(*(np.stack(field) for field in zip(*parts))))
+        batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
         kept: Any = None
         for rate in method.rates if seed == SEEDS[0] else (lr,):
             start = time.perf_counter()
-            theta, _ = jax.block_until_ready(train(task.start(seed)[0], batches, rate))
+            theta = jax.block_until_ready(train(task.start(seed)[0], batches, rate))
             times.append(time.perf_counter() - start)
             if seed == SEEDS[0]:
                 rates[str(rate)] = evaluate(theta, {}, chosen_on, 16).nll

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import memjax as mj
 from benchmarks import harness
 from memjax import models
 from memjax.recipes import data
 from memjax.recipes.data import Windows
+from memjax.recipes.train import LossFn, Metrics, init_state, make_step
 
 KERNELS = "layers/**/kernel"
 TINY = models.LlamaConfig(
@@ -70,6 +72,20 @@ def load_text(tokenizer: Any) -> tuple[list[int], list[int]]:
 def head(windows: Windows, start: int, stop: int) -> Windows:
     """Returns the windows ``start`` to ``stop``."""
     return data.take(windows, slice(start, stop))
+
+
+def batches(windows: Windows, batch: int, seed: int, steps: int) -> Windows:
+    """Returns the batches of so many steps, ``[steps, batch, tokens]``."""
+    loader = data.Loader(windows, batch, seed)
+    parts = [loader.batch_at(i)[:3] for i in range(steps)]
+    return Windows(*(np.stack(field) for field in zip(*parts)))
+
+
+def train(loss: LossFn, tx: Any, theta: Any, frozen: Any, batches: Windows, seed: Any = 0) -> tuple[Any, Metrics]:
+    """Returns ``theta`` after a step on every batch, and the metrics of all steps; to be jitted."""
+    step = make_step(loss, tx, seed=seed)
+    state, metrics = jax.lax.scan(lambda state, batch: step(state, frozen, batch), init_state(theta, tx), batches)
+    return state.theta, metrics
 
 
 def main(

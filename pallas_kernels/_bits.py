@@ -116,6 +116,22 @@ def normal(bits: jax.Array) -> jax.Array:
     return np.float32(math.sqrt(2)) * lax.erf_inv(centered)
 
 
+def round_to_bfloat16(x: jax.Array, noise: jax.Array) -> jax.Array:
+    """Rounds float32 to bfloat16, up or down in size with the probability of the distance.
+
+    What bfloat16 represents stays as it is, infinities and NaN too, and what is finite stays finite.
+
+    Args:
+      x: float32 ``[...]``.
+      noise: uint32 ``[...]``, random below ``2**16``.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    size = bits & np.uint32(0x7FFFFFFF)
+    bits = bits + jnp.where(size < 0x7F7F0000, noise, np.uint32(0))
+    bits = jnp.where(size > 0x7F800000, bits | np.uint32(0x00400000), bits)
+    return lax.bitcast_convert_type((bits >> np.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
+
+
 def _split(x: jax.Array, axis: int, *sizes: int) -> jax.Array:
     axis %= x.ndim
     return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])

@@ -112,15 +112,6 @@ class Thread:
         vector = self._llvm.load(self._ir.VectorType.get((words,), self._i32), pointer)
         return [self._llvm.extractelement(vector, self.const(i)) for i in range(words)]
 
-    def store_shared(self, memref: Any, offset: Any, word: Any) -> None:
-        """Writes a word to shared memory at a byte offset."""
-        byte = self._ir.IntegerType.get_signless(8)
-        self._llvm.store(word, self._utils.getelementptr(self._utils.memref_ptr(memref), [offset], byte))
-
-    def warpgroup_barrier(self) -> None:
-        """Waits until every thread of the warpgroup is here; what they wrote to shared memory can then be read."""
-        self._utils.warpgroup_barrier()
-
     def store(self, memref: Any, offset: Any, words: Sequence[Any], predicate: Any) -> None:
         """Writes consecutive words to global memory at a byte offset where ``predicate`` holds."""
         i64 = self._ir.IntegerType.get_signless(64)

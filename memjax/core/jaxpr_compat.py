@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,17 +130,22 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
+def read(env: Mapping[Any, Any], atom: Any) -> Any:
+    """Returns the value of a variable or a literal."""
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
 def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr; every equation keeps its source line."""
     env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
     run(jaxpr.eqns, env)
-    return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+    return [read(env, atom) for atom in jaxpr.outvars]
 
 
 def run(eqns: Sequence[JaxprEqn], env: dict[Any, Any]) -> None:
     """Evaluates equations in turn, reading and writing their variables in ``env``."""
     for eqn in eqns:
-        values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+        values = [read(env, atom) for atom in eqn.invars]
         with eqn_context(eqn):
             env.update(zip(eqn.outvars, bind(eqn, values)))
 
@@ -152,10 +157,10 @@ def inline(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """
     env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
     for eqn in jaxpr.eqns:
-        values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+        values = [read(env, atom) for atom in eqn.invars]
         with eqn_context(eqn) if source_function(eqn) else contextlib.nullcontext():
             env.update(zip(eqn.outvars, (inline(body_of(eqn), values) if is_call(eqn) else bind(eqn, values))))
-    return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+    return [read(env, atom) for atom in jaxpr.outvars]
 
 
 def is_call(eqn: JaxprEqn) -> bool:
@@ -210,12 +215,8 @@ def primal_of(jaxpr: Jaxpr) -> Callable[..., list[Any]] | None:
 
     def primal(*args: Any) -> list[Any]:
         env = known | dict(zip(jaxpr.invars, args))
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
-
-        env |= zip(eqn.outvars, evaluate(body_of(eqn), [read(atom) for atom in eqn.invars]))
-        return [read(atom) for atom in jaxpr.outvars]
+        env |= zip(eqn.outvars, evaluate(body_of(eqn), [read(env, atom) for atom in eqn.invars]))
+        return [read(env, atom) for atom in jaxpr.outvars]
 
     return primal
 

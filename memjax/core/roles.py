@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from memjax.core.paths import Patterns, map_with_path, path_name, select
+from memjax.core.paths import Patterns, leaf_paths, map_with_path, path_name, select
 from memjax.core.views import is_view
 
 
@@ -49,3 +50,20 @@ def combine(*trees: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda keys, *leaves: pick(path_name(keys), *leaves), *trees, is_leaf=is_leaf
     )
+
+
+def check_trained(tree: Any, *, floats: bool = True) -> None:
+    """Raises unless the leaves of ``tree`` can be trained.
+
+    Args:
+      tree: any pytree.
+      floats: whether leaves must be arrays of floats too.
+
+    Raises:
+      TypeError: a weight view, or with ``floats`` anything but an array of floats; names its path.
+    """
+    for path, leaf in leaf_paths(tree):
+        if is_view(leaf):
+            raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter on it")
+        if floats and not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise TypeError(f"{path}: trained leaves must be floats, got {getattr(leaf, 'dtype', type(leaf).__name__)}")

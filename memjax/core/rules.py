@@ -50,16 +50,19 @@ def operation(name: str, settings: Any = None) -> Callable[[Callable[..., Any]],
     into any other.
     """
 
-    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fn)
-        def named(*arrays: Any) -> Any:
-            return fn(*arrays)
+    return functools.partial(_named, name, settings)
 
-        named.__name__ = jit_name = _SettingsName(_OPERATION_PREFIX + name)
-        jit_name.settings = settings
-        return jax.jit(named)
 
-    return wrap
+def _named(name: str, settings: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``fn`` as a nested jit whose name `memjax.lift` knows."""
+
+    @functools.wraps(fn)
+    def named(*arrays: Any) -> Any:
+        return fn(*arrays)
+
+    named.__name__ = jit_name = _SettingsName(_OPERATION_PREFIX + name)
+    jit_name.settings = settings
+    return jax.jit(named)
 
 
 def rule_for(jit_name: str) -> Callable[..., Any] | None:
@@ -93,15 +96,7 @@ def transformation(name: str, settings: Any) -> Callable[[Callable[..., Any]], C
     the primal function and applies the registered transformation with the same ``settings`` to the result.
     """
 
-    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-        def named(*arrays: Any) -> Any:
-            return fn(*arrays)
-
-        named.__name__ = jit_name = _SettingsName(_OPERATION_PREFIX + name)
-        jit_name.settings = settings
-        return jax.jit(named)
-
-    return wrap
+    return functools.partial(_named, name, settings)
 
 
 def transformation_for(jit_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from memjax.ops.once import once
 from memjax.ops.packing import pack_codes, unpack_codes
+from memjax.ops.wide import wide
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -67,9 +68,6 @@ def few_bit_activation(
     """
     fn = _function(activation)
     table = tuple(float(level) for level in derivative_levels(activation, bits, inputs=inputs, levels=levels))
-
-    def wide(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     @jax.custom_vjp
     def coded(x: jax.Array) -> jax.Array:

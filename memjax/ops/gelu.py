@@ -22,6 +22,7 @@ import numpy as np
 from memjax.core import packing
 from memjax.ops.once import once
 from memjax.ops.packing import pack_codes, unpack_codes
+from memjax.ops.wide import wide
 
 Residual = Literal["output", "input"]
 
@@ -73,30 +74,26 @@ _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _activation(x: jax.Array, name: str, residual: Residual) -> jax.Array:
-    return _FUNCTIONS[name](_wide(x)).astype(x.dtype)
+    return _FUNCTIONS[name](wide(x)).astype(x.dtype)
 
 
 def _forward(x: jax.Array, name: str, residual: Residual) -> tuple[jax.Array, Any]:
     y = _activation(x, name, residual)
     if residual == "input":
         return y, x
-    rising = _wide(once(x)) >= inverse_of(name).x_min
+    rising = wide(once(x)) >= inverse_of(name).x_min
     return y, (y, pack_codes(rising.astype(jnp.uint8), 1))
 
 
 def _backward(name: str, residual: Residual, kept: Any, dy: jax.Array) -> tuple[jax.Array]:
     if residual == "input":
-        slope = jax.jvp(_FUNCTIONS[name], (_wide(kept),), (jnp.ones_like(_wide(kept)),))[1]
+        slope = jax.jvp(_FUNCTIONS[name], (wide(kept),), (jnp.ones_like(wide(kept)),))[1]
     else:
         y, planes = kept
-        slope = derivative_of_output(_wide(y), unpack_codes(planes, 1, y.shape[-1]) != 0, inverse_of(name))
-    return ((_wide(dy) * slope).astype(dy.dtype),)
+        slope = derivative_of_output(wide(y), unpack_codes(planes, 1, y.shape[-1]) != 0, inverse_of(name))
+    return ((wide(dy) * slope).astype(dy.dtype),)
 
 
 _activation.defvjp(_forward, _backward)

@@ -17,6 +17,7 @@ from memjax.codecs import Codec
 from memjax.codecs.fused import varying_like
 from memjax.ops.once import once
 from memjax.ops.packing import group_of, kernel_form
+from memjax.ops.wide import wide
 from pallas_kernels import glu as kernels
 from pallas_kernels.codec import Codes
 
@@ -60,13 +61,9 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _gated(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) -> jax.Array:
-    return (_ACTIVATIONS[activation](_wide(gate)) * _wide(up)).astype(gate.dtype)
+    return (_ACTIVATIONS[activation](wide(gate)) * wide(up)).astype(gate.dtype)
 
 
 def _forward(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) -> tuple[jax.Array, Any]:
@@ -86,9 +83,9 @@ def _backward(activation: str, residual: Residual, kept: Any, d_out: jax.Array) 
         slopes = kernels.swiglu_backward(d_out, *kept, bits=residual.bits, group=group_of(residual, d_out))
         return varying_like((kept, d_out), slopes)
     gate, up = kept if residual == "input" else (kept[0].decode(), kept[1].decode())
-    value, slope = jax.jvp(_ACTIVATIONS[activation], (_wide(gate),), (jnp.ones_like(_wide(gate)),))
-    d_out = _wide(d_out)
-    return (d_out * _wide(up) * slope).astype(gate.dtype), (d_out * value).astype(up.dtype)
+    value, slope = jax.jvp(_ACTIVATIONS[activation], (wide(gate),), (jnp.ones_like(wide(gate)),))
+    d_out = wide(d_out)
+    return (d_out * wide(up) * slope).astype(gate.dtype), (d_out * value).astype(up.dtype)
 
 
 _gated.defvjp(_forward, _backward)

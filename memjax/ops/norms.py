@@ -19,6 +19,7 @@ from memjax.core import operation, packing, register_rule
 from memjax.core.jaxpr_compat import vary_like
 from memjax.ops.once import once
 from memjax.ops.packing import group_of, kernel_form
+from memjax.ops.wide import wide
 from pallas_kernels import norm as kernels
 from pallas_kernels.codec import Codes
 
@@ -113,12 +114,8 @@ def _check(x: jax.Array, residual: Residual | None, **vectors: jax.Array) -> Res
     return residual
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _gain(scale: jax.Array, offset: float = 0.0) -> jax.Array:
-    gain = offset + _wide(scale)
+    gain = offset + wide(scale)
     return jnp.where(jnp.abs(gain) < SMALLEST, jnp.where(gain < 0, -SMALLEST, SMALLEST), gain)
 
 
@@ -126,7 +123,7 @@ def _normalized_gradients(
     xhat: jax.Array, rstd: jax.Array, gain: jax.Array, dy: jax.Array, centered: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of the norm's input and of the gain, float32."""
-    dy = _wide(dy)
+    dy = wide(dy)
     slope = dy * gain
     across = slope - xhat * jnp.mean(slope * xhat, axis=-1, keepdims=True)
     if centered:
@@ -149,9 +146,9 @@ def _rms_forward(
     if form is not None:
         y, made, rstd = kernels.rms_norm_packed(once(x), _gain(scale, offset), eps=eps, **form._asdict())
         return varying_like((x, scale), (y, (made, rstd, scale)))
-    wide = _wide(x)
-    rstd = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    xhat = wide * rstd
+    values = wide(x)
+    rstd = jax.lax.rsqrt(jnp.mean(values * values, axis=-1, keepdims=True) + eps)
+    xhat = values * rstd
     y = (xhat * _gain(scale, offset)).astype(x.dtype)
     if residual == "output":
         return y, (y, rstd, scale)
@@ -169,11 +166,11 @@ def _rms_backward(eps: float, offset: float, residual: Residual, kept: Any, dy: 
         dx, d_gain = kernels.rms_norm_backward(dy, stored, rstd, gain, bits=residual.bits, group=group)
         return varying_like((kept, dy), (dx, d_gain.astype(scale.dtype)))
     if residual == "output":
-        xhat = _wide(stored) * (1 / gain)
+        xhat = wide(stored) * (1 / gain)
     elif residual == "input":
-        xhat = _wide(stored) * rstd
+        xhat = wide(stored) * rstd
     else:
-        xhat = _wide(stored.decode())
+        xhat = wide(stored.decode())
     dx, d_gain = _normalized_gradients(xhat, rstd, gain, dy, centered=False)
     return dx.astype(dy.dtype), d_gain.astype(scale.dtype)
 
@@ -208,12 +205,12 @@ def _layer_norm(
 def _layer_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, residual: Residual, spare: int
 ) -> tuple[jax.Array, Any]:
-    wide = _wide(x)
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
-    centered = wide - mean
+    values = wide(x)
+    mean = jnp.mean(values, axis=-1, keepdims=True)
+    centered = values - mean
     rstd = jax.lax.rsqrt(jnp.mean(centered * centered, axis=-1, keepdims=True) + eps)
     xhat = centered * rstd
-    y = (xhat * _gain(scale) + _wide(bias)).astype(x.dtype)
+    y = (xhat * _gain(scale) + wide(bias)).astype(x.dtype)
     if residual == "output":
         return y, (y, rstd, scale, bias, _spare(xhat.astype(x.dtype), scale, bias, spare))
     if residual == "input":
@@ -222,7 +219,7 @@ def _layer_forward(
 
 
 def _spare(xhat: jax.Array, scale: jax.Array, bias: jax.Array, count: int) -> _Spare:
-    error = jnp.abs(_wide(bias) / _gain(scale)) * jnp.finfo(xhat.dtype).eps / 2
+    error = jnp.abs(wide(bias) / _gain(scale)) * jnp.finfo(xhat.dtype).eps / 2
     errors, channels = jax.lax.top_k(jnp.pad(error, (0, 1)), count + 1)
     return _Spare(channels[:count], jnp.take(xhat, channels[:count], axis=-1, mode="clip"), errors[count])
 
@@ -233,17 +230,17 @@ def _layer_backward(
     stored, rstd, scale, bias, rest = kept
     gain = _gain(scale)
     if residual == "output":
-        xhat = (_wide(stored) - _wide(bias)) * (1 / gain)
+        xhat = (wide(stored) - wide(bias)) * (1 / gain)
         channel = jnp.arange(xhat.shape[-1])
         for i in range(spare):  # elementwise selections fuse with what follows, a scatter would not
-            xhat = jnp.where(channel == rest.channels[i], _wide(rest.xhat[..., i : i + 1]), xhat)
+            xhat = jnp.where(channel == rest.channels[i], wide(rest.xhat[..., i : i + 1]), xhat)
         xhat = jnp.where(rest.error > LOST, jnp.nan, xhat)
     elif residual == "input":
-        xhat = (_wide(stored) - rest) * rstd
+        xhat = (wide(stored) - rest) * rstd
     else:
-        xhat = _wide(stored.decode())
+        xhat = wide(stored.decode())
     dx, d_gain = _normalized_gradients(xhat, rstd, gain, dy, centered=True)
-    d_bias = jnp.sum(_wide(dy), axis=range(dy.ndim - 1))
+    d_bias = jnp.sum(wide(dy), axis=range(dy.ndim - 1))
     return dx.astype(dy.dtype), d_gain.astype(scale.dtype), d_bias.astype(bias.dtype)
 
 

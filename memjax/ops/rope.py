@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from memjax.ops.wide import wide
+
 
 def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + Dh/2) of every head.
@@ -35,5 +37,5 @@ def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    a, b = jnp.split(wide(x), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

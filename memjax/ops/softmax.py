@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from memjax.codecs import Codec
 from memjax.ops.once import once
+from memjax.ops.wide import wide
 
 Residual = Literal["output"] | Codec
 
@@ -37,13 +38,9 @@ def softmax(x: jax.Array, *, residual: Residual = "output") -> jax.Array:
     return _softmax(x, residual)
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _softmax(x: jax.Array, residual: Residual) -> jax.Array:
-    return jax.nn.softmax(_wide(x), axis=-1).astype(x.dtype)
+    return jax.nn.softmax(wide(x), axis=-1).astype(x.dtype)
 
 
 def _forward(x: jax.Array, residual: Residual) -> tuple[jax.Array, Any]:
@@ -52,7 +49,7 @@ def _forward(x: jax.Array, residual: Residual) -> tuple[jax.Array, Any]:
 
 
 def _backward(residual: Residual, kept: Any, dy: jax.Array) -> tuple[jax.Array]:
-    p, slope = _wide(kept if residual == "output" else kept.decode()), _wide(dy)
+    p, slope = wide(kept if residual == "output" else kept.decode()), wide(dy)
     mean = jnp.sum(slope * p, axis=-1, keepdims=True) / jnp.sum(p, axis=-1, keepdims=True)
     return (((slope - mean) * p).astype(dy.dtype),)
 

@@ -21,7 +21,8 @@ from jax import lax
 
 from memjax.codecs.fused import varying_like, whole_arrays
 from memjax.codecs.packed import Packed
-from memjax.optim.quantized_state import LEAST, StateFormat, check_params, decode, encode, state_format, zeros
+from memjax.core.roles import check_trained
+from memjax.optim.quantized_state import LEAST, StateFormat, decode, encode, state_format, zeros
 from memjax.optim.tables import leaf_words
 from pallas_kernels.optim import adam8bit_step, adam8bit_unsupported, adam_scalars, round_stochastic
 from pallas_kernels.packed_matmul import on_hopper
@@ -82,7 +83,7 @@ def sgdm_rule(momentum: Any, nesterov: bool) -> Rule:
 
 def _scale_by(rule: Rule, form: StateFormat, second: bool) -> optax.GradientTransformation:
     def init(params: Any) -> MomentState:
-        check_params(params)
+        check_trained(params, floats=False)
         first = jax.tree.map(lambda p: zeros(p, form.signed, form), params)
         return MomentState(
             jnp.zeros((), jnp.int32),

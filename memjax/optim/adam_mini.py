@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from memjax.core.paths import leaf_paths, lookup, map_with_path, match
-from memjax.optim.quantized_state import check_params, decode, encode, moment_bytes, state_format, zeros
+from memjax.core.roles import check_trained
+from memjax.optim.quantized_state import decode, encode, moment_bytes, state_format, zeros
 from memjax.optim.routing import EMBEDDINGS_AND_HEADS, VECTORS
 
 Block = str | int | tuple[int, ...]
@@ -133,7 +134,7 @@ def scale_by_adam_mini(
     form = None if bits is None else state_format(bits)
 
     def init(params: Any) -> AdamMiniState:
-        check_params(params)
+        check_trained(params, floats=False)
         views = _views(params, rules, default)
         if form is None:
             first = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)

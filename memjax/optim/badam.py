@@ -10,7 +10,7 @@ never computes them: below the lowest active layer backward stops, through an in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -19,12 +19,12 @@ import optax
 from jax import lax
 
 from memjax.core.paths import Patterns, leaf_paths, map_with_path, select
-from memjax.core.views import is_view
+from memjax.core.roles import check_trained
 from memjax.optim import splits, tables
+from memjax.optim.fused_step import LossParts, stack_length
 from memjax.optim.sharding import sliced
 
 Order = Literal["random", "independent", "ascending", "descending", "mirror"]
-LossParts = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]  # embed, block, head, see `fused_step`
 
 
 @sliced("moments")
@@ -100,23 +100,18 @@ class LayerBlocks:
           TypeError: a weight view, or params that are no dict.
           ValueError: no stack, leaves of different lengths, or fewer layers than are active.
         """
-        for path, leaf in leaf_paths(params):
-            if is_view(leaf):
-                raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter")
+        check_trained(params, floats=False)
         if not isinstance(params, Mapping):
             raise TypeError(
                 f"params must be a dict with stacked layers at {self.layers!r}, got {type(params).__name__}"
             )
         stack = params.get(self.layers, {})
-        lengths = {path: tuple(leaf.shape[:1]) for path, leaf in leaf_paths(stack)}
-        if len(set(lengths.values())) > 1 or () in lengths.values():
-            raise ValueError(f"expected leaves at {self.layers!r} that share a leading axis of layers, got {lengths}")
         outer = {name: tree for name, tree in params.items() if name != self.layers}
-        if not lengths:
+        if not leaf_paths(stack):
             if leaf_paths(outer):
                 raise ValueError(f"params have no stack of layers at {self.layers!r}; their keys are {list(params)}")
             return stack, outer, 0
-        ((total,),) = set(lengths.values())
+        total = stack_length(stack, self.layers)
         if self.active > total:
             raise ValueError(f"active={self.active} is more than the {total} layers at {self.layers!r}")
         chosen = set() if self.always is None or not leaf_paths(outer) else set(select(outer, self.always))
@@ -207,7 +202,7 @@ def scale_by_blocks(
 
 
 def block_value_and_grad(
-    loss_parts: LossParts, blocks: LayerBlocks
+    loss_parts: LossParts | Sequence[Callable[..., Any]], blocks: LayerBlocks
 ) -> Callable[[Any, jax.Array, Any], tuple[jax.Array, Any, Any]]:
     """Returns a function that differentiates a loss by the active layers only, inside the scan over layers.
 
@@ -286,7 +281,7 @@ def _is_none(x: Any) -> bool:
 
 
 def block_step(
-    loss_parts: LossParts,
+    loss_parts: LossParts | Sequence[Callable[..., Any]],
     blocks: LayerBlocks,
     inner: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -418,7 +413,7 @@ def badam(
 
 
 def badam_step(
-    loss_parts: LossParts,
+    loss_parts: LossParts | Sequence[Callable[..., Any]],
     learning_rate: optax.ScalarOrSchedule,
     switch_every: int = 50,
     *,

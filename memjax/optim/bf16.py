@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from memjax.core.random_bits import hash_bits
 from memjax.optim.tables import leaf_words
-from pallas_kernels._bits import flat_counter
+from pallas_kernels._bits import flat_counter, round_to_bfloat16
 
 
 def round_stochastic(x: jax.Array, bits: jax.Array) -> jax.Array:
@@ -31,13 +30,7 @@ def round_stochastic(x: jax.Array, bits: jax.Array) -> jax.Array:
     Returns:
       bfloat16 ``[...]``.
     """
-    pattern = lax.bitcast_convert_type(x, jnp.uint32)
-    high = np.uint32(0xFFFF0000)
-    rounded = (pattern + (bits & np.uint32(0xFFFF))) & high
-    infinite = np.uint32(0x7F800000)
-    rounded = jnp.where((rounded & infinite) == infinite, pattern & high, rounded)
-    upper = lax.convert_element_type(rounded >> np.uint32(16), jnp.uint16)
-    return jnp.where(jnp.isfinite(x), lax.bitcast_convert_type(upper, jnp.bfloat16), x.astype(jnp.bfloat16))
+    return round_to_bfloat16(x, bits & np.uint32(0xFFFF))
 
 
 def apply_updates_stochastic(params: Any, updates: Any, key: Any) -> Any:

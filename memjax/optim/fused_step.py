@@ -16,7 +16,7 @@ from jax import lax
 
 from memjax.core import jaxpr_compat
 from memjax.core.paths import leaf_paths
-from memjax.core.views import is_view
+from memjax.core.roles import check_trained
 
 # (params, grads, state, key, layer) -> (params, state); key is None where the step got none
 Apply = Callable[[Any, Any, Any, Any, jax.Array], tuple[Any, Any]]
@@ -264,12 +264,17 @@ def check_stack(params: Any, layers: str) -> int:
         )
     if layers not in params:
         raise ValueError(f"params have no key {layers!r}; their keys are {', '.join(map(str, params))}")
-    for path, leaf in leaf_paths(params):
-        if is_view(leaf):
-            raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter on it")
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"{path}: trained leaves must be floats, got {getattr(leaf, 'dtype', type(leaf).__name__)}")
-    lengths = {f"{layers}/{path}": leaf.shape[:1] for path, leaf in leaf_paths(params[layers])}
+    check_trained(params)
+    return stack_length(params[layers], layers)
+
+
+def stack_length(stack: Any, layers: str) -> int:
+    """Returns the number of layers of a tree of stacked leaves ``[L, ...]``, which params hold at the key ``layers``.
+
+    Raises:
+      ValueError: no leaves, or leaves of different lengths.
+    """
+    lengths = {f"{layers}/{path}": tuple(leaf.shape[:1]) for path, leaf in leaf_paths(stack)}
     if len(set(lengths.values())) != 1 or () in lengths.values():
         found = ", ".join(f"{path} {list(length)}" for path, length in list(lengths.items())[:8])
         raise ValueError(f"expected leaves at {layers!r} that share a leading axis of layers, got {found or 'none'}")

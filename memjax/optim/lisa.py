@@ -8,10 +8,14 @@ before; their moments start anew. Leaves outside of the stack keep theirs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import optax
 
 from memjax.core.paths import Patterns
-from memjax.optim.badam import BlockStep, LayerBlocks, LossParts, block_step, scale_by_blocks
+from memjax.optim.badam import BlockStep, LayerBlocks, block_step, scale_by_blocks
+from memjax.optim.fused_step import LossParts
 
 
 def scale_by_lisa(
@@ -82,7 +86,7 @@ def lisa(
 
 
 def lisa_step(
-    loss_parts: LossParts,
+    loss_parts: LossParts | Sequence[Callable[..., Any]],
     learning_rate: optax.ScalarOrSchedule,
     switch_every: int = 20,
     *,

@@ -18,7 +18,7 @@ from jax import lax
 
 from memjax.core.paths import leaf_paths
 from memjax.core.random_bits import hash_bits, normal
-from memjax.core.views import is_view
+from memjax.core.roles import check_trained
 from memjax.optim.fused_step import LossParts, check_stack
 from memjax.optim.tables import leaf_words
 from pallas_kernels._bits import flat_counter
@@ -138,11 +138,7 @@ def mezo(
         if parts is not None:
             check_stack(params, layers)
             return [path.split("/")[0] == layers for path, _ in leaf_paths(params)]
-        for path, leaf in leaf_paths(params):
-            if is_view(leaf):
-                raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; put it into batch")
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(f"{path}: trained leaves must be floats, got {leaf.dtype}")
+        check_trained(params)
         return [False] * len(jax.tree.leaves(params))
 
     def perturbed(tree: Any, step: Any, sample: Any, first: int, layer: Any, amount: Any) -> Any:

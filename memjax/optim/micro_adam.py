@@ -17,7 +17,8 @@ import optax
 
 from memjax.codecs.grouped import Grouped
 from memjax.codecs.packed import Packed
-from memjax.optim.quantized_state import LEAST, check_params, encode
+from memjax.core.roles import check_trained
+from memjax.optim.quantized_state import LEAST, encode
 
 BLOCK = 2**14
 """Elements among which the largest are chosen, so that a place fits 16 bits."""
@@ -137,7 +138,7 @@ def scale_by_micro_adam(
         return Ring(jnp.zeros(rows, jnp.uint16), jnp.zeros(rows, jnp.bfloat16), error)
 
     def init(params: Any) -> MicroAdamState:
-        check_params(params)
+        check_trained(params, floats=False)
         return MicroAdamState(jnp.zeros((), jnp.int32), jax.tree.map(start, params))
 
     def update(updates: Any, state: MicroAdamState, params: Any = None) -> tuple[Any, MicroAdamState]:

@@ -20,7 +20,7 @@ import optax
 from memjax.codecs.dynamic import dynamic, positive
 from memjax.codecs.packed import Codec, Packed
 from memjax.core.paths import Patterns, match, path_name
-from memjax.core.views import is_view
+from memjax.core.roles import check_trained
 from pallas_kernels._bits import pack
 
 LEAST = 4096
@@ -125,16 +125,6 @@ def is_moment(x: Any) -> bool:
     return isinstance(x, Packed)
 
 
-def check_params(params: Any) -> None:
-    """Raises TypeError if a leaf is a weight view."""
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_view)[0]:
-        if is_view(leaf):
-            raise TypeError(
-                f"{path_name(keys)} is a weight view ({type(leaf).__name__}), which has no moments: expected arrays; "
-                "train an adapter's parameters instead"
-            )
-
-
 def quantize_state(
     inner: optax.GradientTransformation,
     bits: int = 8,
@@ -171,7 +161,7 @@ def quantize_state(
         return encode(leaf, zeros(leaf, codec, form))
 
     def init(params: Any) -> Any:
-        check_params(params)
+        check_trained(params, floats=False)
         return jax.tree_util.tree_map_with_path(start, inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:

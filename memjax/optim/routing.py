@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from memjax.core.paths import leaf_paths, lookup, map_with_path, match, select
-from memjax.core.views import is_view
+from memjax.core.roles import check_trained
 
 Label = Literal["subspace", "full"]
 
@@ -42,9 +42,7 @@ def label(params: Any, rules: Mapping[str, Label] | None = None, *, density: flo
     rules = {} if rules is None else dict(rules)
     leaves = leaf_paths(params)
     paths = {path for path, _ in leaves}
-    for path, leaf in leaves:
-        if is_view(leaf):
-            raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter on it")
+    check_trained(params, floats=False)
     for pattern, name in rules.items():
         if name not in ("subspace", "full"):
             raise ValueError(f"rule {pattern!r}: expected 'subspace' or 'full', got {name!r}")

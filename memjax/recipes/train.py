@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from memjax.core.paths import leaf_paths
-from memjax.core.views import is_view
+from memjax.core.roles import check_trained
 
 Schedule = Literal["constant", "linear", "cosine"]
 # (theta, frozen, batch, key) -> (weighted sum of losses, sum of weights), float32 scalars
@@ -82,11 +82,7 @@ def init_state(theta: Any, tx: optax.GradientTransformation) -> TrainState:
     Raises:
       TypeError: ``theta`` holds a weight view, or an array that is not of floats.
     """
-    for path, leaf in leaf_paths(theta):
-        if is_view(leaf):
-            raise TypeError(f"{path}: a weight view ({type(leaf).__name__}) cannot be trained; train an adapter on it")
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"{path}: trained leaves must be floats, got {leaf.dtype}")
+    check_trained(theta)
     return TrainState(theta, tx.init(theta), jnp.zeros((), jnp.int32))
 
 

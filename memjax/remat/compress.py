@@ -20,6 +20,8 @@ from jax import lax
 
 from memjax.codecs import Codec, Packed, pack, unpack
 from memjax.core import jaxpr_compat, packing
+from memjax.core.bytes import nbytes
+from memjax.core.first_order import first_order
 from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
 from memjax.core.paths import match, path_name
 from memjax.core.random_bits import seed_words
@@ -374,7 +376,7 @@ def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPol
     for v in kept:
         if levels[v] > Level.CHEAP:
             groups.setdefault(origins.root(v), []).append(v)
-    total = sum(_nbytes(v.aval) for group in groups.values() for v in group)
+    total = sum(nbytes(v.aval) for group in groups.values() for v in group)
 
     main: dict[Any, Any] = {}
     described: dict[Any, Row] = {}
@@ -388,7 +390,7 @@ def make_plan(linearized: Linearized, roles: Sequence[Role], policy: ResidualPol
             how = _mask(target.aval.shape)
         elif jnp.issubdtype(target.aval.dtype, jnp.floating) and levels[target] == Level.DATA:
             how = policy.codec(residual, total) if role is None or role.encode else None
-        if how is None and role is None and _nbytes(root.aval) < _nbytes(target.aval):
+        if how is None and role is None and nbytes(root.aval) < nbytes(target.aval):
             target = root
         for v in members:
             main[v] = target
@@ -420,10 +422,6 @@ def _argument_level(role: Role, aval: Any) -> Level:
     return Level.CHEAP if role.kind == "captured" or not jnp.issubdtype(aval.dtype, jnp.inexact) else Level.DATA
 
 
-def _nbytes(aval: Any) -> int:
-    return Residual("", tuple(aval.shape), aval.dtype, "", False, 1).nbytes
-
-
 def _mask(shape: tuple[int, ...]) -> Mask | None:
     axes = [axis for axis in range(-1, -len(shape) - 1, -1) if shape[axis] and shape[axis] % 8 == 0]
     return Mask(axes[0]) if axes else None
@@ -438,10 +436,7 @@ def _action(how: Codec | Mask | None) -> str:
 
 
 def _stored_bytes(how: Codec | Mask | None, aval: Any) -> int:
-    x = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    if how is None:
-        return _nbytes(x)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda x: _store(how, x), x)))
+    return nbytes(jax.eval_shape(lambda x: _store(how, x), jax.ShapeDtypeStruct(aval.shape, aval.dtype)))
 
 
 # ---- forward and backward ------------------------------------------------------------------------------------------
@@ -454,7 +449,7 @@ def _forward(
     choice = plan.choices[number]
     env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr))) | dict(zip(jaxpr.invars, values))
     jaxpr_compat.run(plan.forward, env)
-    outputs = [_read(env, atom) for atom in jaxpr.outvars[: plan.linearized.n_outputs]]
+    outputs = [jaxpr_compat.read(env, atom) for atom in jaxpr.outvars[: plan.linearized.n_outputs]]
     stored = [_store(how, env[v], _key(settings, seeds, i, env[v])) for i, (v, how) in enumerate(plan.stored)]
     stored = [x if use else _cut(x) for x, use in zip(stored, choice.stored)]
     # Without the barrier the originals may stay alive until backward, to be encoded there.
@@ -508,23 +503,19 @@ def gradients(plan: Plan, choice: Choice, env: dict[Any, Any], cotangents: Seque
     inner = dict(zip(transpose.constvars, jaxpr_compat.consts_of(transpose)))
     for v, atom in zip(transpose.invars, plan.linearized.leaves):
         if isinstance(atom, Literal) or atom in env:
-            inner[v] = _read(env, atom)
+            inner[v] = jaxpr_compat.read(env, atom)
     inner.update(zip(transpose.invars[len(plan.linearized.leaves) :], cotangents))
     jaxpr_compat.run(choice.transpose, inner)
     found = iter(transpose.outvars)
     grads = []
     for v, chosen in zip(plan.linearized.jaxpr.invars, choice.arguments):
         atom = next(found) if jnp.issubdtype(_aval_of(v).dtype, jnp.inexact) else None
-        grads.append(_read(inner, atom) if chosen else None)
+        grads.append(jaxpr_compat.read(inner, atom) if chosen else None)
     return grads
 
 
 def _aval_of(v: Any) -> Any:
     return v.aval
-
-
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom.val if isinstance(atom, Literal) else env[atom]
 
 
 def _is_numeric(x: Any) -> bool:
@@ -564,14 +555,7 @@ def _move(x: Any, space: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space), x)
 
 
-@jax.custom_jvp
-def _first_order(x: jax.Array) -> jax.Array:
-    return x
-
-
-@_first_order.defjvp
-def _second_order(primals: Any, tangents: Any) -> Any:
-    raise TypeError(
-        "second-order differentiation through compress_residuals: what backward reads are codes, which have no "
-        "derivative; differentiate the function without compress_residuals, or use ResidualPolicy(bits=32)"
-    )
+_first_order = first_order(
+    "second-order differentiation through compress_residuals: what backward reads are codes, which have no "
+    "derivative; differentiate the function without compress_residuals, or use ResidualPolicy(bits=32)"
+)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.core import jaxpr_compat
+from memjax.core.bytes import nbytes
 from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn
 from memjax.core.jaxpr_compat import Literal as Constant
 
@@ -57,7 +58,7 @@ class Residual:
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self)
+        return nbytes(jax.ShapeDtypeStruct(self.shape, self.dtype))
 
 
 class Level(enum.IntEnum):
@@ -281,11 +282,3 @@ def _holds(wide: Any, narrow: Any) -> bool:
         return False
     a, b = jnp.finfo(wide), jnp.finfo(narrow)
     return a.nmant >= b.nmant and a.nexp >= b.nexp
-
-
-def _nbytes(aval: Any) -> int:
-    dtype = aval.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, dtype))
-        return data.size * data.dtype.itemsize
-    return math.prod(aval.shape) * np.dtype(dtype).itemsize

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax.core import jaxpr_compat, rules
-from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
+from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn
 from memjax.core.paths import path_name
 from memjax.core.views import is_view
 from memjax.weights import arranged
@@ -118,18 +118,15 @@ def _evaluate(jaxpr: Jaxpr, args: Sequence[Any], mode: _Mode) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr)))
     env.update(zip(jaxpr.invars, args))
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
     for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
+        values = [jaxpr_compat.read(env, atom) for atom in eqn.invars]
         with jaxpr_compat.eqn_context(eqn):
             if any(isinstance(value, Arranged) for value in values):
                 outputs = _consume(eqn, values, mode)
             else:
                 outputs = jaxpr_compat.bind(eqn, values)
         env.update(zip(eqn.outvars, outputs))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [jaxpr_compat.read(env, atom) for atom in jaxpr.outvars]
 
 
 def _call(jaxpr: Jaxpr, mode: _Mode) -> Callable[..., list[Any]]:

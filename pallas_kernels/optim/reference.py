@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._bits import flat_counter, hash_bits
+from pallas_kernels._bits import flat_counter, hash_bits, round_to_bfloat16
 from pallas_kernels.optim.formats import TINY, dynamic_levels, nearest_code
 
 Words = tuple[jax.Array, jax.Array]
@@ -87,11 +87,7 @@ def round_stochastic(x: jax.Array, words: Words, first: Any = 0) -> jax.Array:
     counter = flat_counter(x.shape) + jnp.asarray(first).astype(jnp.uint32)
     random = hash_bits(words, counter >> np.uint32(1))
     random = jnp.where(counter & np.uint32(1) == 0, random & np.uint32(0xFFFF), random >> np.uint32(16))
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    size = bits & np.uint32(0x7FFFFFFF)
-    bits = bits + jnp.where(size < 0x7F7F0000, random, np.uint32(0))
-    bits = jnp.where(size > 0x7F800000, bits | np.uint32(0x00400000), bits)
-    return lax.bitcast_convert_type((bits >> np.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
+    return round_to_bfloat16(x, random)
 
 
 def _round(x: jax.Array, dtype: Any, words: Words | None, first: Any) -> jax.Array:

@@ -12,29 +12,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mgpu
-from pallas_kernels._bits import NF4_LEVELS, PLANES
+from pallas_kernels._bits import PLANES
 from pallas_kernels.packed_matmul.formats import TILE, Format, decode_arrays
-from pallas_kernels.packed_matmul.kernel import integers, lookup_words
+from pallas_kernels.packed_matmul.kernel import integers, level_bytes
 
 _PER_THREAD = 8  # neighbouring output features that a thread handles
 
 
-def _levels(thread: _mgpu.Thread, word: Any, tables: Any) -> list[list[Any]]:
+def _levels(thread: _mgpu.Thread, word: Any) -> list[list[Any]]:
     """Returns the NF4 levels of the codes of four bytes: ``[nibble][2]`` words, each of two neighbouring bytes."""
-    ptx = thread.ptx
-    index = ptx("and.b32", word, 0x77777777)
-    choice = ptx("lop3.b32", ptx("shr.b32", word, 1), 0x44444444, 0x32103210, 0xEA)
-    found: list[list[Any]] = [[], []]
-    for part in (0, 1):
-        if part:
-            index, choice = ptx("shr.b32", index, 16), ptx("shr.b32", choice, 16)
-        high, low = (
-            ptx("prmt.b32", ptx("prmt.b32", t[0], t[1], index), ptx("prmt.b32", t[2], t[3], index), choice)
-            for t in tables
-        )
-        found[0].append(ptx("prmt.b32", low, high, 0x6240))
-        found[1].append(ptx("prmt.b32", low, high, 0x7351))
-    return found
+    halves = level_bytes(thread, word)
+    return [[thread.ptx("prmt.b32", low, high, order) for high, low in halves] for order in (0x6240, 0x7351)]
 
 
 def _write_tile(form: Format, n: int, thread: _mgpu.Thread, *memrefs: Any) -> None:
@@ -46,7 +34,6 @@ def _write_tile(form: Format, n: int, thread: _mgpu.Thread, *memrefs: Any) -> No
     lane = thread.lane
     column = thread.mul(thread.bits_and(lane, 15), _PER_THREAD)
     first = thread.add(thread.mul(thread.warp, 2), thread.shift_right(lane, 4))  # 0 to 7
-    tables = [[thread.const(w) for w in table] for table in lookup_words(NF4_LEVELS)] if form.nf4 else None
     block_rows = form.group // per_byte
     always = thread.less(lane, 32)
 
@@ -65,7 +52,7 @@ def _write_tile(form: Format, n: int, thread: _mgpu.Thread, *memrefs: Any) -> No
                 quarter = form.group // 4
                 high_row = thread.add(first, block * quarter + start % quarter)
                 high_words = thread.load(planes[1], thread.add(thread.mul(high_row, n), column), 2)
-            levels = [_levels(thread, word, tables) for word in words] if form.nf4 else None
+            levels = [_levels(thread, word) for word in words] if form.nf4 else None
             for place in range(per_byte):
                 values = []
                 for i in range(_PER_THREAD // 2):

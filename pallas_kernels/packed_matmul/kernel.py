@@ -51,11 +51,29 @@ def magic(value: int) -> int:
     return int(np.asarray(128 + value, jnp.bfloat16).view(np.uint16)) * 0x10001
 
 
-def lookup_words(levels: tuple[float, ...]) -> tuple[list[int], list[int]]:
-    """Returns the high and the low bytes of 16 bfloat16 numbers, four bytes a word."""
-    patterns = np.asarray(levels, jnp.bfloat16).view(np.uint16)
-    high, low = ([int(w) for w in part.astype(np.uint8).view("<u4")] for part in (patterns >> 8, patterns & 255))
-    return high, low
+def level_bytes(thread: _mgpu.Thread, word: Any) -> list[tuple[Any, Any]]:
+    """Returns the high and the low bytes of the NF4 levels of a word's codes, as bfloat16.
+
+    Returns:
+      For each half of the word, (high, low): words of a byte for each of the half's four codes, the lowest first.
+    """
+    ptx = thread.ptx
+    patterns = np.asarray(NF4_LEVELS, jnp.bfloat16).view(np.uint16)
+    tables = [
+        [thread.const(int(w)) for w in part.astype(np.uint8).view("<u4")] for part in (patterns >> 8, patterns & 255)
+    ]
+    index = ptx("and.b32", word, 0x77777777)
+    choice = ptx("lop3.b32", ptx("shr.b32", word, 1), 0x44444444, 0x32103210, 0xEA)
+    found = []
+    for half in (0, 1):
+        if half:
+            index, choice = ptx("shr.b32", index, 16), ptx("shr.b32", choice, 16)
+        high, low = (
+            ptx("prmt.b32", ptx("prmt.b32", t[0], t[1], index), ptx("prmt.b32", t[2], t[3], index), choice)
+            for t in tables
+        )
+        found.append((high, low))
+    return found
 
 
 def integers(thread: _mgpu.Thread, form: Format, pair: Any, bit: int, high: Any, high_bit: int) -> Any:
@@ -150,21 +168,14 @@ class _Codes:
 
 def _write_table(thread: _mgpu.Thread, memref: Any) -> None:
     """Writes the NF4 levels of every byte's two codes to memory ``[byte, lane]``, a column for each bank and lane."""
-    ptx, const = thread.ptx, thread.const
-    high, low = ([const(word) for word in table] for table in lookup_words(NF4_LEVELS))
     for upper in (0, 128):
         byte = thread.add(thread.mul(thread.warp, 32), thread.lane, upper)
-        index = ptx("and.b32", byte, 0x77)
-        choice = ptx("lop3.b32", ptx("shr.b32", byte, 1), 0x44, 0x10, 0xEA)
-        picked = []
-        for table in (high, low):
-            below, above = ptx("prmt.b32", table[0], table[1], index), ptx("prmt.b32", table[2], table[3], index)
-            picked.append(ptx("prmt.b32", below, above, choice))
-        word = ptx("prmt.b32", picked[1], picked[0], 0x5140)
+        high, low = level_bytes(thread, byte)[0]
+        word = thread.ptx("prmt.b32", low, high, 0x5140)
         for i in range(32):
             bank = thread.bits_and(thread.add(thread.lane, i), 31)
-            thread.store_shared(memref, thread.add(thread.mul(byte, 128), thread.mul(bank, 4)), word)
-    thread.warpgroup_barrier()
+            thread.write_shared(memref, thread.add(thread.mul(byte, 128), thread.mul(bank, 4)), word)
+    thread.barrier()
 
 
 def _decode_words(form: Format, thread: _mgpu.Thread, *memrefs: Any) -> np.ndarray:
