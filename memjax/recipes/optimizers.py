@@ -57,8 +57,9 @@ class Optimizer(NamedTuple):
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns ``tx`` with state and arithmetic in float32, whatever the dtype of the parameters."""
 
+    @jax.jit  # so that the copies in float32 are never made
     def init(params: Any) -> Any:
-        return tx.init(optax.tree.zeros_like(params, dtype=jnp.float32))
+        return tx.init(optax.tree.cast(params, jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
