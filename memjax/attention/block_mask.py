@@ -116,6 +116,8 @@ def make_block_mask(
         raise ValueError(f"overflow='dense' has room for every block and takes no capacity, got {capacity}")
     leaves = jax.tree.leaves(mask)
     facts = resolve(mask, S, T, rows, xp=numpy_like(*leaves, rows, scores))
+    if scores is not None:
+        facts = _widened(facts, np.shape(scores), sizes)
     full, visit = _classify(facts, sizes)
     limits = (full.shape[2], full.shape[3])
     exact = capacity is None and overflow != "dense" and facts.xp is np
@@ -180,14 +182,24 @@ def _room(capacity: int | tuple[int, int] | None, limits: tuple[int, int]) -> tu
     return min(by_query, Nk), min(by_key, Nq)
 
 
+def _widened(facts: Facts, shape: tuple[int, ...], blocks: tuple[int, int]) -> Facts:
+    """Returns the mask with a batch and heads for scores of this shape."""
+    grid = -(-facts.S // blocks[0]), -(-facts.T // blocks[1])
+    if len(shape) == 4 and shape[2:] == grid:
+        batch, heads = max(facts.batch, shape[0]), max(facts.heads, shape[1])
+        if {facts.batch, shape[0]} <= {1, batch} and heads % facts.heads == heads % shape[1] == 0:
+            return facts._replace(batch=batch, heads=heads)
+    raise ValueError(
+        f"scores: expected [B|1, H|Hk|1, {grid[0]}, {grid[1]}] for a mask of batch {facts.batch} and heads "
+        f"{facts.heads}, got {shape}"
+    )
+
+
 def _limit(facts: Facts, visit: Array, scores: Any, room: tuple[int, int]) -> Array:
     """Returns the blocks that fit: at most ``room[1]`` for each block of keys, then ``room[0]`` for each of queries."""
     xp = facts.xp
     if scores is not None:
-        shape, grid = scores.shape, visit.shape
-        if len(shape) != 4 or shape[2:] != grid[2:] or shape[0] not in (1, grid[0]) or grid[1] % shape[1]:
-            raise ValueError(f"scores: expected [B|1, H|Hk|1, Nq, Nk] for blocks {grid}, got {shape}")
-        scores = xp.repeat(xp.asarray(scores), grid[1] // shape[1], axis=1)
+        scores = xp.repeat(xp.asarray(scores), facts.heads // scores.shape[1], axis=1)
     for axis, most in ((2, room[1]), (3, room[0])):
         if most >= visit.shape[axis]:
             continue
