@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from types import ModuleType
 from typing import Any, Literal
@@ -20,6 +21,9 @@ Overflow = Literal["error", "dense", "drop_lowest"]
 
 _ELEMENTS = 2**22
 """Elements of partial blocks that are evaluated at once where their truth is stored."""
+
+_ROWS = 64
+"""Lists that NumPy fills at once: few enough that what they are made of stays in the cache."""
 
 
 @functools.partial(
@@ -238,8 +242,6 @@ def _build(
 
 
 def _lists(xp: ModuleType, room: int, full: Any, visit: Any, flags: Any, pointer: Any) -> BlockList:
-    if xp is np:
-        full, visit = np.ascontiguousarray(full), np.ascontiguousarray(visit)
     count, total = (grid.sum(-1, dtype=np.int32) for grid in (full, visit))
     index = _numpy_index(full, visit, count, total, room) if xp is np else _jax_index(full, visit, room)
     flags, pointer = (None if grid is None else xp.take_along_axis(grid, index, -1) for grid in (flags, pointer))
@@ -253,13 +255,16 @@ def _jax_index(full: jax.Array, visit: jax.Array, room: int) -> jax.Array:
 
 
 def _numpy_index(full: np.ndarray, visit: np.ndarray, count: np.ndarray, total: np.ndarray, room: int) -> np.ndarray:
-    n, slot = full.shape[-1], np.arange(room, dtype=np.int32)
-    column = np.broadcast_to(np.arange(n, dtype=np.int32), (count.size, n))
-    first, used = slot < count.reshape(-1, 1), slot < total.reshape(-1, 1)
-    index = np.zeros(first.shape, np.int32)
-    index[first] = column[full.reshape(-1, n)]
-    index[used & ~first] = column[(visit & ~full).reshape(-1, n)]
-    return index.reshape(*count.shape, room)
+    slot, column = np.arange(room, dtype=np.int32), np.arange(full.shape[-1], dtype=np.int32)
+    index = np.zeros((*count.shape, room), np.int32)
+    for b, h, i in itertools.product(*map(range, full.shape[:2]), range(0, full.shape[2], _ROWS)):
+        some = np.s_[b, h, i : i + _ROWS]
+        whole, any_ = np.ascontiguousarray(full[some]), np.ascontiguousarray(visit[some])
+        columns = np.broadcast_to(column, whole.shape)
+        first, used = slot < count[some][:, None], slot < total[some][:, None]
+        index[some][first] = columns[whole]
+        index[some][used ^ first] = columns[any_ ^ whole]
+    return index
 
 
 def _bits(facts: Facts, blocks: tuple[int, int], partial: Any, most: int) -> Array:
