@@ -278,6 +278,7 @@ BAD = {
     "capacity": (lambda: make_block_mask(masks.full(), 8, 8, capacity=(1, 2, 3)), ValueError, "capacity"),
     "no mask": (lambda: make_block_mask(None, 8, 8), TypeError, "expected a mask"),
     "rows": (lambda: make_block_mask(masks.full(), 8, 8, rows=np.ones((2, 2), int)), ValueError, "rows"),
+    "a row beyond S": (lambda: make_block_mask(masks.full(), 8, 8, rows=[3, 8]), ValueError, "below S=8"),
     "a table in short blocks": (
         lambda: make_block_mask(masks.array(np.eye(32) > 0), 32, 32, blocks=(16, 16)), ValueError, "multiple of 32",
     ),
