@@ -283,6 +283,7 @@ BAD = {
     "an even box": (lambda: masks.neighborhood_nd((4, 4), 2), ValueError, "odd edge"),
     "another grid": (lambda: masks.neighborhood_nd((4, 4), 3).table(8, 8), ValueError, "S = T = 16"),
     "an empty window": (lambda: masks.window(3, -4), ValueError, "no key"),
+    "a window that is no limit": (lambda: masks.window(2**31 - 1, 0), ValueError, "int32"),
     "a float": (lambda: masks.sink(2.5), TypeError, "must be an integer"),
     "no chunk": (lambda: masks.chunked(0), ValueError, "at least 1"),
     "float segments": (lambda: masks.segments(np.ones((1, 4))), TypeError, "float64"),
