@@ -18,6 +18,7 @@ from memjax.attention import masks
 from memjax.attention.block_mask import BlockMask, block_mask_in_program, make_block_mask
 from memjax.attention.choice import CUDNN_WINS, Implementation, cudnn_attention, cudnn_form, cudnn_unsupported
 from memjax.attention.expression import Mask
+from memjax.codecs.fused import whole_arrays
 from memjax.core import jaxpr_compat, packing
 from memjax.core.first_order import first_order
 from memjax.core.random_bits import seed_words
@@ -99,7 +100,7 @@ def attend(
         the heads of a group, before dropout. It has no gradient.
       implementation: "mosaic_gpu" (Hopper), "cudnn" (full, causal, causal window, lengths), "xla", "reference" (S x T
         scores). None takes cuDNN for the masks of `choice.CUDNN_WINS` where it can run, else the kernels where they
-        can, else XLA.
+        can (on several devices, inside shard_map), else XLA.
 
     Returns:
       ``[B, S, H, Dv]`` in the dtype of ``q``, 0 for rows with no keys; a tuple of it and what else was asked for. NaN
@@ -135,6 +136,7 @@ def attend(
         if form is not None and not reasons and (implementation == "cudnn" or form.kind in CUDNN_WINS):
             return _kept_plain(functools.partial(cudnn_attention, form=form, scale=scale))(q, k, v)
 
+    implementation = _of_kernels(implementation)
     if block_mask is None:
         blocks = blocks or default_blocks(q.shape, T, None if pages is None else k.shape[1], implementation)
         whole = mask if not jax.tree.leaves(mask) else None
@@ -147,8 +149,7 @@ def attend(
     seed = jnp.stack(seed_words(dropout_key)) if dropout else None
     extra = _Extra(made, seed, pages, captured)
     trained = q, k, v, sink_logits
-    beside = jax.tree.leaves((trained, extra))
-    trained = jax.tree.map(lambda x: jaxpr_compat.vary_like(x, beside), trained)
+    trained = _varying(trained, (trained, extra))
     run = functools.partial(_forward if implementation == "reference" else _attend, settings)
     out, lse = _kept_plain(run)(*trained, extra)
     if made is not None and made.overflow is not None:
@@ -161,7 +162,8 @@ def attend(
         q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
         lists = _lists(settings, extra, S, T)
         options = {name: x for name, x in _options(settings, extra).items() if name not in ("dropout", "seed")}
-        results.append(kernels.column_sums(q, k, lse, lists.by_key, lists.elements, **options))
+        sums = kernels.column_sums(q, k, lse, lists.by_key, lists.elements, **options)
+        results.append(_varying(sums, (trained, extra)))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -203,6 +205,9 @@ def column_sums(
         raise ValueError("block_mask stands in place of mask and blocks")
     if lse.shape != q.shape[:3]:
         raise ValueError(f"expected lse [B, S, H] for q {q.shape}, got {lse.shape}")
+    if implementation == "cudnn":
+        raise ValueError("cuDNN has no column sums; implementation must be 'mosaic_gpu', 'xla', 'reference' or None")
+    how = _of_kernels(implementation)
     q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
     modified = score_mod
     if rows is not None:
@@ -219,7 +224,7 @@ def column_sums(
             block_mask = make_block_mask(mask, S, T, blocks=blocks, rows=rows)
     else:
         _check_sizes(block_mask, q.shape[1], T)
-    return kernels.column_sums(
+    sums = kernels.column_sums(
         q,
         k,
         lse,
@@ -231,8 +236,9 @@ def column_sums(
         score_mod=modified,
         pages=pages,
         reduce=reduce,
-        implementation=_of_kernels(implementation),
+        implementation=how,
     )
+    return _varying(sums, (q, k, lse, block_mask, pages))
 
 
 def default_blocks(
@@ -249,7 +255,7 @@ def default_blocks(
       page: keys per page, which then are those of a block.
       implementation: as `attend` takes it.
     """
-    if implementation == "mosaic_gpu" or (implementation in (None, "cudnn") and on_hopper()):
+    if _of_kernels(implementation) in (None, "mosaic_gpu"):
         return 128, page or 128
     batch, queries, heads, _ = q_shape
     size = 128
@@ -312,10 +318,9 @@ def _nan_where_lost(block_mask: BlockMask, heads: int) -> jax.Array:
     return jnp.where(lost, jnp.nan, 0.0)
 
 
-def _of_kernels(implementation: str | None) -> Any:
-    if implementation == "cudnn":
-        raise ValueError("cuDNN has no column sums; implementation must be 'mosaic_gpu', 'xla', 'reference' or None")
-    return implementation
+def _of_kernels(implementation: Any) -> Any:
+    """Returns "xla" in place of None where the kernels run neither on this device nor on pieces of arrays."""
+    return "xla" if implementation is None and not (on_hopper() and whole_arrays()) else implementation
 
 
 def _lists(settings: _Settings, extra: _Extra, S: int, T: int) -> BlockMask:
@@ -349,7 +354,8 @@ def _forward(
     settings: _Settings, q: jax.Array, k: jax.Array, v: jax.Array, sink: jax.Array | None, extra: _Extra
 ) -> tuple[jax.Array, jax.Array]:
     lists = _lists(settings, extra, *_sizes(q, k, extra))
-    return kernels.forward(q, k, v, lists.by_query, lists.elements, sink=sink, **_options(settings, extra))
+    found = kernels.forward(q, k, v, lists.by_query, lists.elements, sink=sink, **_options(settings, extra))
+    return _varying(found, (q, k, v, sink, extra))
 
 
 _attend = jax.custom_vjp(_forward, nondiff_argnums=(0,))
@@ -374,7 +380,13 @@ def _backward(settings: _Settings, kept: Any, cotangents: tuple[jax.Array, jax.A
     if sink is not None:
         weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(sink.astype(jnp.float32) - lse))
         d_sink = -jnp.sum(weight * delta, axis=(0, 1)).astype(sink.dtype)
-    return dq, dk, dv, d_sink, None
+    return *_varying((dq, dk, dv, d_sink), kept), None
+
+
+def _varying(found: Any, inputs: Any) -> Any:
+    """Marks what a kernel made as varying over the mesh axes of shard_map over which its inputs do."""
+    leaves = jax.tree.leaves(inputs)
+    return jax.tree.map(lambda x: jaxpr_compat.vary_like(x, leaves), found)
 
 
 _attend.defvjp(_keep, _backward)

@@ -118,7 +118,7 @@ CASES = {
     "per head": Case((2, 8), sink=True),
     "multi-query": Case((1, 4), (4, 1), score_mod=alibi),
 }
-SAMPLE = ("shared", "per key head", "per head")
+SAMPLE = ("per key head", "per head")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in CASES])
@@ -145,7 +145,7 @@ def test_xla_and_the_reference_are_dense_attention(name):
 
 
 TAILS = list(itertools.product([1, 63, 65, 129], repeat=2))
-SAMPLED_TAILS = ((1, 65), (63, 1), (129, 63), (65, 129))
+SAMPLED_TAILS = ((1, 65), (129, 63))
 
 
 @pytest.mark.parametrize(
