@@ -152,10 +152,10 @@ SAMPLED_TAILS = ((1, 65), (129, 63))
     "s, t", [pytest.param(*c, marks=() if c in SAMPLED_TAILS else pytest.mark.slow) for c in TAILS]
 )
 def test_tails(s, t):
-    """A mask by rule, causal to the last key; with full and partial blocks, and keys that end within a block."""
+    """A mask by rule, a window that ends 20 keys back; it holds for keys beyond T, which take no part."""
     blocks = (32, 64)
-    rule = Elements(test=lambda q, k, rows, columns, flags: k <= q + (t - s))
-    mask = (np.arange(t) <= np.arange(s)[:, None] + t - s)[None, None]
+    rule = Elements(test=lambda q, k, rows, columns, flags: k >= q + (t - s - 20))
+    mask = (np.arange(t) >= np.arange(s)[:, None] + t - s - 20)[None, None]
     q, k, v, do = operands(1, s, t, 4, 1, 8, 8)
     dlse = array(8, 1, s, 4)
     parts = summary(mask, blocks, rule)
