@@ -142,14 +142,14 @@ class _Work:
       groups: blocks that run at a time.
     """
 
-    lists: tuple[int, int, int]
+    lists: tuple[int, ...]
     batch: int
     heads: int
     near: int
     groups: int
 
     @classmethod
-    def of(cls, lists: tuple[int, int, int], batch: int, heads: int, blocks: int, fits: int) -> _Work:
+    def of(cls, lists: tuple[int, ...], batch: int, heads: int, blocks: int, fits: int) -> _Work:
         """Returns the work of ``blocks`` multiprocessors; the keys of ``fits`` tiles' heads fit in the L2 cache."""
         copies = batch // lists[0] * (heads // lists[1])
         near = max(n for n in range(1, copies + 1) if copies % n == 0 and n <= max(1, fits))
@@ -194,11 +194,11 @@ def _of_head(shape: tuple[int, ...], b: Any, h: Any, heads: int) -> tuple[Any, A
     return b if shape[0] > 1 else 0, lax.div(h, heads // shape[1]) if shape[1] > 1 else 0
 
 
-def _along_rows(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _along_rows(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(values, shape, (0,))
 
 
-def _along_columns(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _along_columns(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(values, shape, (1,))
 
 
@@ -219,7 +219,7 @@ class _Scores:
     block: tuple[int, int]
     keys_are_rows: bool
 
-    def positions(self, shape: tuple[int, int], q0: Any, k0: Any) -> tuple[jax.Array, jax.Array]:
+    def positions(self, shape: tuple[int, ...], q0: Any, k0: Any) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of the queries and the keys of a tile."""
         axes = (1, 0) if self.keys_are_rows else (0, 1)
         q, k = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_mgpu.WGMMA) for axis in axes)
@@ -402,10 +402,10 @@ def forward(
         q_ref, k_ref, v_ref, order_ref = (next(remaining) for _ in range(4))
         lists = _Lists([next(remaining) for _ in list_arrays], by_query, heads)
         row_refs, column_refs = ([next(remaining) for _ in facts] for facts in (rows, columns))
-        bits_ref = next(remaining) if bits else None
-        sink_ref = next(remaining) if sinks else None
-        seed_ref = next(remaining) if seeds else None
-        pages_ref = next(remaining) if pages is not None else None
+        bits_ref: Any = next(remaining) if bits else None
+        sink_ref: Any = next(remaining) if sinks else None
+        seed_ref: Any = next(remaining) if seeds else None
+        pages_ref: Any = next(remaining) if pages is not None else None
         out_ref, lse_ref, q_smem, k_smem, v_smem, staging, *barriers = remaining
         q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
@@ -495,10 +495,10 @@ def forward(
                 facts = scores.facts(shape, row_refs, column_refs, b, h, row, k0)
                 pointer = lists.entry("pointer", b, h, n, place)
                 held = None if bits_ref is None else scores.words(shape, bits_ref, pointer, row, k0)
-                return k0, facts, held, lists.entry("flags", b, h, n, place)
+                return k0, (facts, held, lists.entry("flags", b, h, n, place))
 
             def soften(s: jax.Array, j: Any, partial: bool | Any, facts: Any, peak: Any, total: Any) -> Any:
-                k0, *loaded = facts
+                k0, loaded = facts
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial is True:
                     s = scores.masked(s, *loaded, row, k0)
@@ -511,14 +511,14 @@ def forward(
                     return p
                 q_places, k_places = scores.positions(shape, row, k0)
                 seed_pair = (seed_ref[0], seed_ref[1])
-                kept = stays(seed_pair, dropout, b, h, q_places, k_places, heads, keys)
+                kept = stays(seed_pair, dropout, heads, keys, b, h, q_places, k_places)
                 return jnp.where(kept, p, 0.0)
 
             def only_index(j: Any) -> Any:
                 if score_mod is None and not dropout:
-                    return (jnp.int32(0),)
+                    return jnp.int32(0), None
                 place = lax.div(j, parts)
-                return (lists.entry("index", b, h, n, place) * block_keys + lax.rem(j, parts) * step_keys,)
+                return lists.entry("index", b, h, n, place) * block_keys + lax.rem(j, parts) * step_keys, None
 
             def first(_: Any, carry: Any) -> Any:
                 _, peak, sums = carry
@@ -730,8 +730,8 @@ def column_sums(
         q_ref, k_ref, exponent_ref, order_ref = (next(remaining) for _ in range(4))
         lists = _Lists([next(remaining) for _ in list_arrays], by_key, heads)
         row_refs, column_refs = ([next(remaining) for _ in facts] for facts in (rows, columns))
-        bits_ref = next(remaining) if bits else None
-        pages_ref = next(remaining) if pages is not None else None
+        bits_ref: Any = next(remaining) if bits else None
+        pages_ref: Any = next(remaining) if pages is not None else None
         out_ref, k_smem, q_smem, k_full, k_empty, q_full, q_empty, turn = remaining
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
         mine = work.count(group)
