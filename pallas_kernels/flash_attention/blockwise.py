@@ -109,10 +109,7 @@ class _Operands:
                 for x in self.elements.columns
             )
             keep = self.elements.test(q, k, rows, columns, None if entry.flags is None else entry.flags[0, 0, 0, n])
-        if self.sizes[2] % self.blocks[1]:
-            inside = k < self.sizes[2]
-            keep = inside if keep is None else keep & inside
-        return keep
+        return keep if keep is None or self.sizes[2] % self.blocks[1] == 0 else keep & (k < self.sizes[2])
 
     def scores(self, q: jax.Array, k: jax.Array, place: _Place, entry: BlockList) -> tuple[jax.Array, jax.Array | None]:
         """Returns the scores of a tile, -inf where masked, and their derivative by ``scale * q k`` unless it is 1."""

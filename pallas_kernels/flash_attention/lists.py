@@ -27,7 +27,7 @@ class BlockList(NamedTuple):
       pointer: int32 ``[Bm, Hm, N, M]``: the table of `Elements.bits` that a partial entry reads. None without bits.
     """
 
-    index: Array
+    index: Array  # type: ignore[assignment]
     full: Array
     total: Array
     flags: Array | None = None
