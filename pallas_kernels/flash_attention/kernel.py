@@ -565,6 +565,7 @@ def forward(
                     s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_wait(v_full.at[before])
                     out = out + jnp.dot(p, v_smem[before], preferred_element_type=jnp.float32)
+                    plgpu.commit_smem()  # an ordinary read, unlike a product's, is to be over before the next copy
                     pass_turn()
                     new_peak, new_sums, shrink, exponentials = meanwhile(s)
                 else:
@@ -591,6 +592,7 @@ def forward(
                 plgpu.barrier_wait(v_full.at[slot])
                 if interpret:
                     out = out + jnp.dot(p, v_smem[slot], preferred_element_type=jnp.float32)
+                    plgpu.commit_smem()
                 else:
 
                     def multiply(acc: Any) -> None:

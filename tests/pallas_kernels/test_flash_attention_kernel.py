@@ -221,6 +221,32 @@ def test_tiles_are_each_computed_once_in_balance():
         assert sorted(found) == list(itertools.product(range(batch), range(heads), range(lists_shape[2])))
 
 
+@pytest.mark.slow
+def test_no_operand_is_fetched_over_while_it_is_read(monkeypatch):
+    """The interpreter does not watch what a product reads, so here it reads its operands a second time."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    product, parameters = kernel.plgpu.wgmma, kernel.plgpu.InterpretGPUParams
+
+    def watched(acc, a, b):
+        product(acc, a, b)
+        a[...], b[...]
+        kernel.plgpu.commit_smem()
+
+    monkeypatch.setattr(kernel.plgpu, "wgmma", watched)
+    monkeypatch.setattr(kernel.plgpu, "InterpretGPUParams", lambda: parameters(detect_races=True))
+    test, dense = causal(200, 500)
+    by_query, _ = lists(dense, (128, 128))
+    by_key, _ = lists(dense, (128, 128), of_keys=True)
+    parts = operands(1, 200, 500, 2, 1, 64)
+    check(parts, dense, Elements(test=test), by_query, **INTERPRETED)
+    assert not interpret_pallas_call.get_races().races_found
+    q, k, _ = parts
+    lse = jnp.zeros((1, 200, 2))
+    kernel.column_sums(q, k, lse, by_key, Elements(test=test), blocks=(128, 128), scale=0.1, **INTERPRETED)
+    assert not interpret_pallas_call.get_races().races_found
+
+
 @pytest.mark.parametrize("kind", ["causal", "window", "random"])
 def test_blocks_get_like_amounts(kind):
     rows = {
