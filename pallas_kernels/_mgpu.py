@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA = plgpu.Layout.WGMMA
@@ -18,9 +20,48 @@ def explicit_layouts(**options: Any) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **options)
 
 
-def swizzled(itemsize: int) -> tuple[Any, ...]:
-    """Returns the transforms of shared memory that wgmma and `Thread.load_swizzled` read: rows of 128 bytes a tile."""
-    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+def swizzled(itemsize: int, row_bytes: int = 128) -> tuple[Any, ...]:
+    """Returns the transforms of shared memory that wgmma and `Thread.load_swizzled` read.
+
+    Args:
+      itemsize: bytes of an element.
+      row_bytes: of a tile's row: 128, 64 or 32.
+    """
+    tiling = plgpu.TilingTransform((8, row_bytes // itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
+
+
+def two_products(
+    second: jax.Array,
+    first_shape: tuple[int, int],
+    start: Callable[[Any, Any], None],
+    meanwhile: Callable[[jax.Array], Sequence[jax.Array]],
+    results: Sequence[jax.Array],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Runs two asynchronous products and computes on the first one's result while the second is still running.
+
+    Args:
+      second: float32 in the wgmma layout, to which the second product is added.
+      first_shape: of the first product.
+      start: ``(first accumulator, second accumulator)``: starts the first product, then the second.
+      meanwhile: called with the first product; starts no product.
+      results: arrays of the shapes and dtypes of what ``meanwhile`` returns.
+
+    Returns:
+      ``second`` plus the second product, which is then complete, and what ``meanwhile`` returned.
+    """
+
+    def body(refs: Any) -> None:
+        first_acc, second_acc, outputs = refs
+        start(first_acc, second_acc)
+        # The barriers keep the compiler from moving what reads a product ahead of the wait for it.
+        values = meanwhile(lax.optimization_barrier(plgpu.wgmma_accumulator_load(first_acc, wait_n=1)))
+        for output, value in zip(outputs, values, strict=True):
+            output[...] = value
+
+    zero = plgpu.layout_cast(jnp.zeros(first_shape, jnp.float32), WGMMA)
+    _, made, outputs = pl.run_state(body)((plgpu.ACC.init(zero), plgpu.ACC.init(second), list(results)))
+    return lax.optimization_barrier(made), outputs
 
 
 def transposed(ref: Any) -> Any:
