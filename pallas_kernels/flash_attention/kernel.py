@@ -263,9 +263,13 @@ class _Scores:
             for i in range(queries // 32)
         ]
 
-    def masked(self, s: jax.Array, facts: Any, words: Any, flags: Any, q0: Any, k0: Any) -> jax.Array:
-        """Returns the scores of a partial block's tile, -inf where the mask is false or there is no key."""
+    def masked(self, s: jax.Array, loaded: Any, q0: Any, k0: Any) -> jax.Array:
+        """Returns the scores of a partial block's tile, -inf where the mask is false or there is no key.
+
+        ``loaded`` are its `facts`, its `words` and its flags.
+        """
         shape = s.shape
+        facts, words, flags = loaded
         along_q, along_k = (_along_columns, _along_rows) if self.keys_are_rows else (_along_rows, _along_columns)
         q, k = self.positions(shape, q0, k0)
         truths = []
@@ -501,9 +505,9 @@ def forward(
                 k0, loaded = facts
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial is True:
-                    s = scores.masked(s, *loaded, row, k0)
+                    s = scores.masked(s, loaded, row, k0)
                 elif partial is not False:
-                    s = lax.cond(partial, lambda s: scores.masked(s, *loaded, row, k0), lambda s: s, s)
+                    s = lax.cond(partial, lambda s: scores.masked(s, loaded, row, k0), lambda s: s, s)
                 return _online(s, factor, peak, total)
 
             def dropped(p: jax.Array, k0: Any) -> jax.Array:
@@ -810,7 +814,7 @@ def column_sums(
                 plgpu.barrier_arrive(q_empty.at[slot])
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial:
-                    s = scores.masked(s, facts, words, flags, row, k0)
+                    s = scores.masked(s, (facts, words, flags), row, k0)
                 exponents = _along_columns(exponents, shape)
                 if reduce == "max_logit":
                     s = jnp.where(exponents == jnp.inf, -jnp.inf, s * (factor / LOG2E))
