@@ -489,7 +489,7 @@ def query_gradient(
 
             def with_sum(dq: Any) -> None:
                 def step(i: Any, masked: bool) -> None:
-                    slot = lax.rem(i, stages)
+                    slot, first = lax.rem(i, stages), first_key(i)
                     plgpu.barrier_wait(full.at[slot])
 
                     def differentiate(s: Any, dp: Any) -> jax.Array:
@@ -508,7 +508,7 @@ def query_gradient(
                             b,
                             h,
                             row,
-                            first_key(i),
+                            first,
                             (n, lax.div(i, per_block)),
                             masked,
                         )
@@ -525,7 +525,7 @@ def query_gradient(
                 pl.loop(0, plain)(lambda i: step(i, False))
                 if scores.some_masked(work.masks):
                     pl.loop(plain, total)(lambda i: step(i, True))
-                result = dq[...]
+                result = _when_there(dq, 0)
 
                 @pl.when(total > 0)
                 def _leave_room() -> None:
@@ -653,14 +653,14 @@ def key_value_gradients(
             """Sums what it is given accumulators for."""
 
             def step(h: Any, before: Any, i: Any, masked: bool) -> None:
-                slot = lax.rem(before + i, stages)
+                slot, first = lax.rem(before + i, stages), first_query(h, i)
                 plgpu.barrier_wait(full.at[slot])
-                log_sums, delta = (plgpu.load(statistics.at[slot, j], layout=_COLUMNS) for j in (0, 1))
 
                 def differentiate(s: Any, *dps: Any) -> Any:
                     plgpu.wgmma(s, k_smem.at[part], _mgpu.transposed(q_smem.at[slot]))
                     if dk is not None:
                         plgpu.wgmma(dps[0], v_smem.at[part], _mgpu.transposed(do_smem.at[slot]))
+                    log_sums = plgpu.load(statistics.at[slot, 0], layout=_COLUMNS)
                     raw = _when_there(s, len(dps))
 
                     @pl.when(before + i > 0)
@@ -673,7 +673,7 @@ def key_value_gradients(
                         work.masks,
                         b,
                         h,
-                        first_query(h, i),
+                        first,
                         start + part * STEP,
                         (n, lax.div(i, per_block)),
                         masked,
@@ -683,6 +683,7 @@ def key_value_gradients(
                     if dk is None:
                         return jnp.int32(0)
                     dp = _when_there(dps[0], 0 if dv is None else 1)
+                    delta = plgpu.load(statistics.at[slot, 1], layout=_COLUMNS)  # late: registers are few
                     along = lax.broadcast_in_dim(delta, (STEP, STEP), (1,))
                     return sloped(p * (dropped(dp) - along)).astype(q.dtype)
 
@@ -698,7 +699,7 @@ def key_value_gradients(
 
             steps = each_head(visit)
             mine = pl.ds(start + part * STEP, STEP)
-            results = [None if acc is None else acc[...] for acc in (dk, dv)]
+            results = [None if acc is None else _when_there(acc, 0) for acc in (dk, dv)]
 
             @pl.when(steps > 0)
             def _leave_room() -> None:
