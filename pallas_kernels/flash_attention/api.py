@@ -67,7 +67,7 @@ def forward(
     if sink is not None and sink.shape != q.shape[2:3]:
         raise ValueError(f"expected a sink logit per query head, [{q.shape[2]}], got {sink.shape}")
     _check_dropout(dropout, seed)
-    reason = kernel.unsupported(q, k, v, blocks=blocks, pages=pages)
+    reason = kernel.unsupported(q, k, v, blocks=blocks, pages=pages, score_mod=score_mod)
     if runs_kernel("flash_attention forward", reason, implementation):
         return kernel.forward(
             q,
@@ -218,7 +218,7 @@ def column_sums(
     _check(q, k, by_key, blocks, pages, 1, lse=lse, elements=elements)
     if reduce not in ("sum", "max", "max_logit"):
         raise ValueError(f"reduce must be 'sum', 'max' or 'max_logit', got {reduce!r}")
-    reason = kernel.unsupported(q, k, blocks=blocks, pages=pages, keys_have_lists=True)
+    reason = kernel.unsupported(q, k, blocks=blocks, pages=pages, score_mod=score_mod, keys_have_lists=True)
     if runs_kernel("flash_attention column_sums", reason, implementation):
         return kernel.column_sums(
             q,

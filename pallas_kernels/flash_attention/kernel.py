@@ -97,7 +97,14 @@ def heuristic(head_dim: int, value_dim: int = 0, block: int = 128) -> Config:
 
 
 def unsupported(
-    q: Any, k: Any, v: Any = None, *, blocks: tuple[int, int], pages: Any = None, keys_have_lists: bool = False
+    q: Any,
+    k: Any,
+    v: Any = None,
+    *,
+    blocks: tuple[int, int],
+    pages: Any = None,
+    score_mod: ScoreMod | None = None,
+    keys_have_lists: bool = False,
 ) -> str | None:
     """Returns why the Mosaic GPU kernels cannot take the operands, or None if they can.
 
@@ -107,6 +114,7 @@ def unsupported(
       v: ``[B, T, Hk, Dv]`` or pages; None for `column_sums`.
       blocks: queries and keys per block of the lists.
       pages: page numbers ``[B, T / page]`` or None.
+      score_mod: what is applied to scores, or None.
       keys_have_lists: whether the lists are those of key blocks, as for `column_sums`.
     """
     arrays = [q, k] if v is None else [q, k, v]
@@ -121,6 +129,10 @@ def unsupported(
         return f"blocks of {fixed} {sides[0]} and {moving} {sides[1]}; the kernels take {BLOCK} and multiples of 64"
     if pages is not None and k.shape[1] != blocks[1]:
         return f"pages of {k.shape[1]} keys; the kernels take pages of a block's {blocks[1]}"
+    if score_mod is not None:
+        numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 4)]
+        if jax.make_jaxpr(score_mod)(*numbers).consts:
+            return "a score_mod that reads arrays; the kernels take one of its arguments alone"
     return None
 
 

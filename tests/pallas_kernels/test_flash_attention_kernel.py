@@ -229,6 +229,10 @@ def test_what_the_kernel_cannot_take_is_said():
     assert "heads of 64 and 40" in kernel.unsupported(q, k, S((1, 64, 2, 40), jnp.bfloat16), blocks=(128, 128))
     assert "blocks of 64 queries" in kernel.unsupported(q, k, k, blocks=(64, 128))
     assert "blocks of 64 keys" in kernel.unsupported(q, k, blocks=(128, 64), keys_have_lists=True)
+    assert kernel.unsupported(q, k, k, blocks=(128, 64), score_mod=alibi) is None
+    slope = jnp.float32(0.5)
+    reads = kernel.unsupported(q, k, k, blocks=(128, 64), score_mod=lambda s, b, h, q, k: s * slope)
+    assert "reads arrays" in reads
     assert "pages of 64" in kernel.unsupported(q, k, k, blocks=(128, 128), pages=S((1, 1), jnp.int32))
 
 
