@@ -10,10 +10,12 @@ loops follow the same list, first the blocks that need no mask. Two tensor-core 
 scores begin: a step waits for those of the step before when its own scores are there, and only then gives their memory
 back. The second operand of each product lies in shared memory, P and dS stay in registers.
 
-What it costs, V being the visited scores B H sum(bq bk): `query_gradient` 2 V (2 D + Dv) FLOPs, `key_value_gradients`
-4 V (D + Dv), or 7 matrix products of the 10 D V + 4 D V floor at 990 TFLOP/s for D = Dv; one exponential each. At
-B 1, H 16, S 8192, D 128, causal, these are 0.41 and 0.55 TFLOP and 0.97 ms; with a window of 1024 at S 16384 0.45 ms.
-Registers a thread of a computing warpgroup holds in tiles at once, of 232, and shared memory of a block, of 227 KiB:
+What it costs, V being the visited scores of all heads: `query_gradient` 2 V (2 D + Dv) FLOPs, `key_value_gradients`
+4 V (D + Dv), and an exponential of each score in both. For D = Dv these are 14 D V, where a kernel that computed the
+scores once would do with 10 D V. B 1, H 16, D 128 at 990 TFLOP/s: causal, S 8192, 0.41 and 0.55 TFLOP, 0.97 ms; a window
+of 1024 at S 16384, 0.47 ms. Registers that tiles take of a computing warpgroup's thread, counted and not measured, of
+232 (of 255 where one warpgroup computes), and shared memory of a block, of 227 KiB; `key_value_gradients` takes 16
+more registers for the log-sum-exp before P is there, and the product of P 16 while it runs:
 
     D, Dv      query_gradient                       key_value_gradients
     64, 64     32 dQ + 64 S, dP + 16 dS, 96 KiB     64 dK, dV + 64 + 16, 98 KiB
@@ -119,7 +121,7 @@ def backward_unsupported(
     if score_mod is not None:
         place = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
         traced = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), jnp.float32), *place)
-        if any(np.ndim(value) for value in traced.consts):
+        if traced.consts:
             return "score_mod reads arrays, of which a kernel knows nothing"
     return None
 

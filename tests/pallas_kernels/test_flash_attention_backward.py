@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels._bits import seed_words
-from pallas_kernels.flash_attention import BlockList, Elements, backward
+from pallas_kernels.flash_attention import BlockList, Elements, backward, key_value_gradients, query_gradient
 from pallas_kernels.flash_attention.scores import stays
 
 SEED = 5
@@ -231,6 +231,10 @@ def test_what_the_kernels_cannot_take_is_said():
     assert "pages" in said(pages=jnp.zeros((1, 1), jnp.int32))
     slopes = jnp.ones(2)
     assert "score_mod reads arrays" in said(score_mod=lambda s, b, h, q, k: s * slopes[h])
+    operands, by_query, by_key, elements, *_ = problem(Case((1, 64, 64, 1, 1, 64, 64), dtype=jnp.float32))
+    for run, lists in ((query_gradient, by_query), (key_value_gradients, by_key)):
+        with pytest.raises(ValueError, match=r"gradients? kernel cannot run: q, k, v are float32"):
+            run(*operands, lists, elements, blocks=(64, 64), scale=1.0, implementation="mosaic_gpu")
 
 
 # B, S, T, H, Hk, D, Dv
