@@ -210,7 +210,7 @@ def test_pages_and_flags():
 
 def test_tiles_are_each_computed_once_in_balance():
     for lists_shape, batch, heads, blocks in (((1, 1, 7), 3, 4, 5), ((3, 1, 7), 3, 4, 132), ((1, 2, 5), 2, 4, 3)):
-        work = kernel._Work.of(lists_shape, batch, heads, blocks, 2)
+        work = kernel._Work(lists_shape, batch, heads, min(blocks, batch * heads * lists_shape[2]))
         order = jnp.asarray(np.random.default_rng(0).permutation(np.prod(lists_shape)), jnp.int32)
         found = []
         for group in range(work.groups):
@@ -219,6 +219,26 @@ def test_tiles_are_each_computed_once_in_balance():
             found += [tuple(int(x) for x in tile) for tile in mine]
             assert abs(len(mine) - work.tiles / work.groups) < 1
         assert sorted(found) == list(itertools.product(range(batch), range(heads), range(lists_shape[2])))
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "random"])
+def test_blocks_get_like_amounts(kind):
+    rows = {
+        "causal": np.arange(1, 65),
+        "window": np.minimum(np.arange(1, 129), 9),
+        "random": np.random.default_rng(0).binomial(256, 0.05, 256),
+    }[kind]
+    work = kernel._Work((1, 1, len(rows)), 1, 16, 132)
+    order = np.asarray(kernel.longest_first(jnp.asarray(rows)))
+    steps = np.arange(-(-work.tiles // 132))[:, None]
+
+    def amount(group):
+        mine = int(work.count(jnp.int32(group)))
+        _, _, place = work.tile(jnp.asarray(steps[:mine, 0], jnp.int32), jnp.int32(group), jnp.asarray(order))
+        return rows[np.asarray(place)].sum()
+
+    amounts = [amount(group) for group in range(132)]
+    assert max(amounts) < 1.02 * np.mean(amounts)
 
 
 def test_what_the_kernel_cannot_take_is_said():
