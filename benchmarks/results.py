@@ -322,6 +322,35 @@ def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[s
     return parts
 
 
+LADDER_NOTE = """A rung has one technique more than the one before, unless its name says what it replaces. Ratios are
+with the first row of a table, where it is of the same run; losses are of random weights and one random batch, a check
+that every rung learns. What a technique does to real losses is in the tables of formats, activations and optimizers."""
+
+
+def _ladder(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `ladder`: one per ladder, a line per rung."""
+    parts = [LADDER_NOTE]
+    header = ("rung", "peak GiB", "compiled GiB", "tokens/s", "peak / first", "speed / first", "loss")
+    for ladder in dict.fromkeys(_split(row["case"])[0] for row in rows):
+        rungs = [row for row in rows if _split(row["case"])[0] == ladder]
+        lines = []
+        for row in rungs:
+            base = rungs[0] if rungs[0]["run"] == row["run"] else {}
+            lines.append(
+                [
+                    _split(row["case"])[1],
+                    _peak(row),
+                    _number(row.get("compiled_gib")),
+                    _number(row["tokens_per_s"]),
+                    _over(row, base, "peak_gib"),
+                    _over(row, base, "tokens_per_s"),
+                    f"{row['loss_last']:.3f}",
+                ]
+            )
+        parts.append(f"**{ladder}**\n\n{_table(header, lines)}")
+    return parts
+
+
 def _split(case: str) -> tuple[str, str]:
     """Returns the group of a case of `activations`, and what it is in it."""
     group, _, name = case.partition("/")
@@ -397,6 +426,7 @@ def _attention(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str
 
 
 TABLES = {
+    "ladder": _ladder,
     "packed_matmul": _products,
     "codec": _codes,
     "optim_steps": _optimizer_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from types import ModuleType
 from typing import Any, Literal
@@ -20,6 +21,9 @@ Overflow = Literal["error", "dense", "drop_lowest"]
 
 _ELEMENTS = 2**22
 """Elements of partial blocks that are evaluated at once where their truth is stored."""
+
+_ROWS = 64
+"""Lists that NumPy fills at once: few enough that what they are made of stays in the cache."""
 
 
 @functools.partial(
@@ -116,6 +120,8 @@ def make_block_mask(
         raise ValueError(f"overflow='dense' has room for every block and takes no capacity, got {capacity}")
     leaves = jax.tree.leaves(mask)
     facts = resolve(mask, S, T, rows, xp=numpy_like(*leaves, rows, scores))
+    if scores is not None:
+        facts = _widened(facts, np.shape(scores), sizes)
     full, visit = _classify(facts, sizes)
     limits = (full.shape[2], full.shape[3])
     exact = capacity is None and overflow != "dense" and facts.xp is np
@@ -180,14 +186,24 @@ def _room(capacity: int | tuple[int, int] | None, limits: tuple[int, int]) -> tu
     return min(by_query, Nk), min(by_key, Nq)
 
 
+def _widened(facts: Facts, shape: tuple[int, ...], blocks: tuple[int, int]) -> Facts:
+    """Returns the mask with a batch and heads for scores of this shape."""
+    grid = -(-facts.S // blocks[0]), -(-facts.T // blocks[1])
+    if len(shape) == 4 and shape[2:] == grid:
+        batch, heads = max(facts.batch, shape[0]), max(facts.heads, shape[1])
+        if {facts.batch, shape[0]} <= {1, batch} and heads % facts.heads == heads % shape[1] == 0:
+            return facts._replace(batch=batch, heads=heads)
+    raise ValueError(
+        f"scores: expected [B|1, H|Hk|1, {grid[0]}, {grid[1]}] for a mask of batch {facts.batch} and heads "
+        f"{facts.heads}, got {shape}"
+    )
+
+
 def _limit(facts: Facts, visit: Array, scores: Any, room: tuple[int, int]) -> Array:
     """Returns the blocks that fit: at most ``room[1]`` for each block of keys, then ``room[0]`` for each of queries."""
     xp = facts.xp
     if scores is not None:
-        shape, grid = scores.shape, visit.shape
-        if len(shape) != 4 or shape[2:] != grid[2:] or shape[0] not in (1, grid[0]) or grid[1] % shape[1]:
-            raise ValueError(f"scores: expected [B|1, H|Hk|1, Nq, Nk] for blocks {grid}, got {shape}")
-        scores = xp.repeat(xp.asarray(scores), grid[1] // shape[1], axis=1)
+        scores = xp.repeat(xp.asarray(scores), facts.heads // scores.shape[1], axis=1)
     for axis, most in ((2, room[1]), (3, room[0])):
         if most >= visit.shape[axis]:
             continue
@@ -226,8 +242,6 @@ def _build(
 
 
 def _lists(xp: ModuleType, room: int, full: Any, visit: Any, flags: Any, pointer: Any) -> BlockList:
-    if xp is np:
-        full, visit = np.ascontiguousarray(full), np.ascontiguousarray(visit)
     count, total = (grid.sum(-1, dtype=np.int32) for grid in (full, visit))
     index = _numpy_index(full, visit, count, total, room) if xp is np else _jax_index(full, visit, room)
     flags, pointer = (None if grid is None else xp.take_along_axis(grid, index, -1) for grid in (flags, pointer))
@@ -241,13 +255,16 @@ def _jax_index(full: jax.Array, visit: jax.Array, room: int) -> jax.Array:
 
 
 def _numpy_index(full: np.ndarray, visit: np.ndarray, count: np.ndarray, total: np.ndarray, room: int) -> np.ndarray:
-    n, slot = full.shape[-1], np.arange(room, dtype=np.int32)
-    column = np.broadcast_to(np.arange(n, dtype=np.int32), (count.size, n))
-    first, used = slot < count.reshape(-1, 1), slot < total.reshape(-1, 1)
-    index = np.zeros(first.shape, np.int32)
-    index[first] = column[full.reshape(-1, n)]
-    index[used & ~first] = column[(visit & ~full).reshape(-1, n)]
-    return index.reshape(*count.shape, room)
+    slot, column = np.arange(room, dtype=np.int32), np.arange(full.shape[-1], dtype=np.int32)
+    index = np.zeros((*count.shape, room), np.int32)
+    for b, h, i in itertools.product(*map(range, full.shape[:2]), range(0, full.shape[2], _ROWS)):
+        some = np.s_[b, h, i : i + _ROWS]
+        whole, any_ = np.ascontiguousarray(full[some]), np.ascontiguousarray(visit[some])
+        columns = np.broadcast_to(column, whole.shape)
+        first, used = slot < count[some][:, None], slot < total[some][:, None]
+        index[some][first] = columns[whole]
+        index[some][used ^ first] = columns[any_ ^ whole]
+    return index
 
 
 def _bits(facts: Facts, blocks: tuple[int, int], partial: Any, most: int) -> Array:

@@ -386,6 +386,8 @@ def resolve(mask: Mask, S: int, T: int, rows: Any = None, xp: ModuleType | None 
         positions = as_int32("rows", rows)
         if positions.ndim != 1 or not positions.size:
             raise ValueError(f"rows: expected positions of queries [R], got shape {positions.shape}")
+        if isinstance(positions, np.ndarray) and not ((positions >= 0) & (positions < S)).all():
+            raise ValueError(f"rows: expected positions below S={S}, got {positions.tolist()}")
         facts = (positions[None, None], *(x if x.shape[-1] == 1 else x[..., positions] for x in facts))
         tiles = tuple(Tiles(x[..., positions // size[0], :], (1, size[1])) for x, size in tiles)
     shapes = [x.shape for x in (*facts, *columns)] + [x.shape for x, _ in tiles]
@@ -496,11 +498,13 @@ def evaluate(facts: Facts, blocks: tuple[int, int], where: Sequence[Array]) -> A
 
 
 def as_integer(name: str, what: str, value: Any, least: int | None) -> int:
-    """Returns an integer that is at least ``least``, or says what came instead."""
+    """Returns an integer that is at least ``least`` and leaves int32 room for sums, or says what came instead."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: {what} must be an integer, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name}: {what} must be at least {least}, got {value}")
+    if not -(2**30) < value < 2**30:
+        raise ValueError(f"{name}: {what} must be below 2**30, as positions are int32, got {value}")
     return int(value)
 
 

@@ -42,7 +42,7 @@ def causal(offset: Any = 0) -> Mask:
       offset: an integer, or int32 ``[]``, ``[B]`` or ``[B, H]``, which may be traced.
     """
     if isinstance(offset, int | np.integer):
-        return Leaf(_causal, (int(offset),))
+        return Leaf(_causal, (as_integer("causal", "offset", offset, None),))
     return Leaf(_causal, (None,), rows=(_constants("causal", offset),))
 
 
