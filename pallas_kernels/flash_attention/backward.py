@@ -12,8 +12,8 @@ back. The second operand of each product lies in shared memory, P and dS stay in
 
 What it costs, V being the visited scores of all heads: `query_gradient` 2 V (2 D + Dv) FLOPs, `key_value_gradients`
 4 V (D + Dv), and an exponential of each score in both. For D = Dv these are 14 D V, where a kernel that computed the
-scores once would do with 10 D V. B 1, H 16, D 128 at 990 TFLOP/s: causal, S 8192, 0.41 and 0.55 TFLOP, 0.97 ms; a window
-of 1024 at S 16384, 0.47 ms. Registers that tiles take of a computing warpgroup's thread, counted and not measured, of
+scores once would do with 10 D V. B 1, H 16, D 128 at 990 TFLOP/s: causal, S 8192, 0.41 and 0.55 TFLOP, 0.97 ms; window
+1024 at S 16384, 0.47 ms. Registers that tiles take of a computing warpgroup's thread, counted and not measured, of
 232 (of 255 where one warpgroup computes), and shared memory of a block, of 227 KiB; `key_value_gradients` takes 16
 more registers for the log-sum-exp before P is there, and the product of P 16 while it runs:
 
