@@ -400,3 +400,34 @@ def write_fragment(array: jax.Array, refs: Sequence[Any], write: Callable[..., N
         write(thread, words, *memrefs)
 
     plgpu.inline_mgpu(arg_types=(WGMMA, *(plgpu.RefType() for _ in refs)))(build)(array, *refs)
+
+
+def value_and_slope(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns an elementwise function of a float32 array in the wgmma layout and its derivative there.
+
+    The derivative is evaluated equation by equation because the backend lacks the addition of forward mode.
+    """
+
+    def both(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(fn, (x,), (one,))
+
+    def run(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+        for equation in jaxpr.eqns:
+            inputs = [v.val if hasattr(v, "val") else values[v] for v in equation.invars]
+            if equation.primitive.name == "add_any":
+                outputs = [inputs[0] + inputs[1]]
+            elif equation.primitive.name in ("jit", "pjit"):
+                inner = equation.params["jaxpr"]
+                outputs = run(inner.jaxpr, inner.consts, inputs)
+            else:
+                options = equation.primitive.get_bind_params(equation.params)
+                made = equation.primitive.bind(*inputs, **options)
+                outputs = list(made) if equation.primitive.multiple_results else [made]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [v.val if hasattr(v, "val") else values[v] for v in jaxpr.outvars]
+
+    one = plgpu.layout_cast(jnp.ones(x.shape, x.dtype), WGMMA)
+    traced = jax.make_jaxpr(both)(x, one)
+    value, slope = run(traced.jaxpr, traced.consts, (x, one))
+    return value, slope

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.codec.api import Implementation, runs_kernel
-from pallas_kernels.flash_attention import blockwise, kernel, reference
+from pallas_kernels.flash_attention import backward, blockwise, kernel, reference
 from pallas_kernels.flash_attention.lists import BlockList, Elements
 from pallas_kernels.flash_attention.scores import Reduce, ScoreMod
 from pallas_kernels.linear_cross_entropy.api import multiprocessors
@@ -134,23 +134,14 @@ def query_gradient(
       ValueError: operands that do not fit each other.
     """
     _check(q, k, by_query, blocks, pages, 0, v=v, do=do, lse=lse, delta=delta, elements=elements)
-    return _module(implementation, dropout, seed).query_gradient(
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        by_query,
-        elements,
-        blocks=blocks,
-        scale=scale,
-        softcap=softcap,
-        score_mod=score_mod,
-        dropout=dropout,
-        seed=seed,
-        pages=pages,
-    )
+    _check_dropout(dropout, seed)
+    settings: dict[str, Any] = {"blocks": blocks, "scale": scale, "softcap": softcap, "score_mod": score_mod}
+    settings |= {"dropout": dropout, "seed": seed}
+    reason = backward.backward_unsupported(q, k, v, blocks=blocks, score_mod=score_mod, pages=pages)
+    if runs_kernel("flash_attention query_gradient", reason, implementation):
+        return backward.query_gradient(q, k, v, do, lse, delta, by_query, elements, **settings)
+    module = _MODULES[implementation]
+    return module.query_gradient(q, k, v, do, lse, delta, by_query, elements, pages=pages, **settings)
 
 
 def key_value_gradients(
@@ -184,23 +175,14 @@ def key_value_gradients(
       ValueError: operands that do not fit each other.
     """
     _check(q, k, by_key, blocks, pages, 1, v=v, do=do, lse=lse, delta=delta, elements=elements)
-    return _module(implementation, dropout, seed).key_value_gradients(
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        by_key,
-        elements,
-        blocks=blocks,
-        scale=scale,
-        softcap=softcap,
-        score_mod=score_mod,
-        dropout=dropout,
-        seed=seed,
-        pages=pages,
-    )
+    _check_dropout(dropout, seed)
+    settings: dict[str, Any] = {"blocks": blocks, "scale": scale, "softcap": softcap, "score_mod": score_mod}
+    settings |= {"dropout": dropout, "seed": seed}
+    reason = backward.backward_unsupported(q, k, v, blocks=blocks, score_mod=score_mod, pages=pages)
+    if runs_kernel("flash_attention key_value_gradients", reason, implementation):
+        return backward.key_value_gradients(q, k, v, do, lse, delta, by_key, elements, **settings)
+    module = _MODULES[implementation]
+    return module.key_value_gradients(q, k, v, do, lse, delta, by_key, elements, pages=pages, **settings)
 
 
 def column_sums(
@@ -285,13 +267,6 @@ def merge(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array
     joined = (weight / some)[..., None] * out + (other_weight / some)[..., None] * other
     joined_lse = jnp.where(total == 0, -jnp.inf, base + jnp.log(some))
     return joined.astype(jnp.promote_types(out.dtype, other.dtype)), joined_lse
-
-
-def _module(implementation: str | None, dropout: float = 0.0, seed: Any = None) -> Any:
-    if implementation not in _MODULES:
-        raise ValueError(f"implementation must be 'xla', 'reference' or None, got {implementation!r}")
-    _check_dropout(dropout, seed)
-    return _MODULES[implementation]
 
 
 def _check_dropout(dropout: float, seed: Any) -> None:
