@@ -216,6 +216,7 @@ class _Scores:
     score_mod: ScoreMod | None
     elements: Elements
     heads: int
+    queries: int
     keys: int
     block: tuple[int, int]
     keys_are_rows: bool
@@ -235,7 +236,9 @@ class _Scores:
             # tanh(u) = 1 - 2 / (1 + exp(2 u)): the processor's own tanh has 11 bits.
             s = self.softcap - 2 * self.softcap / (1.0 + jnp.exp2(s * (2 * LOG2E / self.softcap)))
         if self.score_mod is not None:
-            s = self.score_mod(s, b, h, *self.positions(s.shape, q0, k0))
+            q, k = self.positions(s.shape, q0, k0)
+            # Positions that there are not might give NaN, which no mask takes back.
+            s = self.score_mod(s, b, h, jnp.minimum(q, self.queries - 1), jnp.minimum(k, self.keys - 1))
         return s, LOG2E
 
     def facts(self, shape: tuple[int, int], row_refs: Any, column_refs: Any, b: Any, h: Any, q0: Any, k0: Any) -> Any:
@@ -383,7 +386,7 @@ def forward(
     lists_shape = by_query.full.shape
     rounded = lists_shape[2] * BLOCK
     work = _Work(lists_shape, batch, heads, min(multiprocessors, batch * heads * lists_shape[2]))
-    scores = _Scores(scale, softcap, score_mod, elements, heads, keys, blocks, keys_are_rows=False)
+    scores = _Scores(scale, softcap, score_mod, elements, heads, queries, keys, blocks, keys_are_rows=False)
 
     # The copy engine takes whole tiles of 8 rows and leaves out what lies beyond an array; the interpreter does not.
     q = _pad(q, 1, rounded if interpret else _up(queries, 8))
@@ -711,7 +714,7 @@ def column_sums(
     # A tile is of a key head: the lists of its query heads, where they differ, are gone over one after another.
     shared = (lists_shape[0], min(lists_shape[1], key_heads), lists_shape[2])
     work = _Work(shared, batch, key_heads, min(multiprocessors, batch * key_heads * shared[2]))
-    scores = _Scores(scale, softcap, score_mod, elements, heads, keys, blocks, keys_are_rows=True)
+    scores = _Scores(scale, softcap, score_mod, elements, heads, queries, keys, blocks, keys_are_rows=True)
     lowest = -jnp.inf if reduce == "max_logit" else 0.0
 
     padded_rows = _up(queries, block_queries)
