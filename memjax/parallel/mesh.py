@@ -11,12 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from memjax.core.bytes import nbytes
 
-AXES = {
-    "data": "splits the batch, and every device holds all weights",
-    "fsdp": "splits the batch, and the weights too: a layer is put together while it is used",
-    "model": "splits the matrices of a layer, and devices sum what they make of the same tokens",
-}
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "model")
 
 
 def make_mesh(sizes: str, devices: list[Any] | None = None) -> Mesh:
@@ -31,7 +26,7 @@ def make_mesh(sizes: str, devices: list[Any] | None = None) -> Mesh:
       devices: of which the first are taken; by default all of this machine.
 
     Returns:
-      A mesh with the axes data, fsdp and model, of size 1 where none is given.
+      A mesh with these axes, in the order data, fsdp, model.
 
     Raises:
       ValueError: no such form, an unknown axis or one given twice, a size below 1, fewer devices than asked for.
@@ -48,26 +43,27 @@ def make_mesh(sizes: str, devices: list[Any] | None = None) -> Mesh:
         if int(size) < 1:
             raise ValueError(f"mesh={sizes!r}: the size of {name} must be at least 1")
         found[name] = int(size)
-    shape = tuple(found.get(name, 1) for name in AXES)
-    count, devices = math.prod(shape), jax.devices() if devices is None else devices
+    names = tuple(name for name in AXES if name in found)
+    count, devices = math.prod(found.values()), jax.devices() if devices is None else devices
     if count > len(devices):
         raise ValueError(f"mesh={sizes!r} takes {count} devices, but there are {len(devices)}")
-    return Mesh(np.asarray(devices[:count]).reshape(shape), tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(devices[:count]).reshape([found[name] for name in names])
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def axis_size(mesh: Mesh, name: str) -> int:
     """Returns the size of an axis; 1 where the mesh has none of that name."""
-    return dict(mesh.shape).get(name, 1)
+    return mesh.shape.get(name, 1)
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """Returns the axes over which the batch is split."""
-    return tuple(name for name in BATCH_AXES if axis_size(mesh, name) > 1)
+    return tuple(name for name in ("data", "fsdp") if name in mesh.shape)
 
 
 def batch_parts(mesh: Mesh) -> int:
     """Returns into how many parts the batch is split."""
-    return math.prod(axis_size(mesh, name) for name in BATCH_AXES)
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
 
 
 def device_bytes(tree: Any) -> int:

@@ -158,7 +158,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     frozen, start = _start(adapter, model.params, settings, out)
     mesh = None if settings.mesh is None else parallel.make_mesh(settings.mesh)
     if mesh is not None:
-        if config.num_kv_heads % mesh.shape["model"]:
+        if config.num_kv_heads % mesh.shape.get("model", 1):
             raise ValueError(
                 f"mesh={settings.mesh} splits heads, but {settings.model} has {config.num_kv_heads} heads of keys"
             )
@@ -259,10 +259,13 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     microbatch = data_.take(loader.batch_at(0), slice(rows))
     activations = residual_bytes(loss, state.theta, frozen, microbatch, jax.random.key(0))
     if mesh is not None:
-        activations, rows = activations // mesh.size, rows // (mesh.size // mesh.shape["model"])
+        activations, rows = activations // mesh.size, rows // parallel.batch_parts(mesh)
     weights = adapter.attach(frozen, state.theta) if isinstance(adapter, TrainedWeights) else frozen
     activations += working_bytes(config, weights, rows, settings.seq, settings.chunk)
-    report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
+    by_xla = compiled_bytes(compiled)
+    if mesh is not None:  # where arrays that the step does not use are no arguments of it, and are held all the same
+        by_xla = by_xla._replace(argument=max(by_xla.argument, parallel.device_bytes((state, frozen, batch_at(0)))))
+    report = byte_report(frozen, state, by_xla, activations, settings.accumulate)
     checkpoints.close()
     if isinstance(adapter, TrainedWeights):
         models.save(out / "model", dataclasses.replace(model, params=adapter.attach(frozen, state.theta)))

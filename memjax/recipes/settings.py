@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -152,7 +151,7 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
         if settings.fused or optimizer.kind != "gradients":
             what = "fused" if settings.fused else settings.optimizer
             raise ValueError(f"{what} runs on one device; leave mesh={settings.mesh} out")
-        parts = math.prod(parallel.make_mesh(settings.mesh).shape[name] for name in ("data", "fsdp"))
+        parts = parallel.batch_parts(parallel.make_mesh(settings.mesh))
         if settings.batch // settings.accumulate % parts:
             raise ValueError(
                 f"mesh={settings.mesh} divides every microbatch among {parts} devices; batch={settings.batch} and "

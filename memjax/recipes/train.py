@@ -126,14 +126,13 @@ def init_on_mesh(theta: Any, training: Training) -> tuple[TrainState, Training]:
     places = jax.tree.map(lambda leaf: leaf.sharding, theta)
     whole = NamedSharding(jax.tree.leaves(places)[0].mesh, PartitionSpec())
     tx = optax.GradientTransformation(training.init, lambda *args: args)
-    held = TrainState(places, state_shardings(tx, theta, places), whole)
+    held = TrainState._make((places, state_shardings(tx, theta, places), whole))
     state = TrainState(
         theta, jax.jit(training.init, out_shardings=held.opt_state)(theta), jax.device_put(jnp.int32(0), whole)
     )
     step = jax.jit(
         lambda state, frozen, batch: training.step(state, frozen, batch),
         donate_argnums=0,
-        keep_unused=True,
         out_shardings=(held, None),
     )
     return state, training._replace(step=step)
