@@ -35,6 +35,7 @@ class Rung(NamedTuple):
 
 
 _B2, _B1 = Shape("llama-3.1-8b", 2, 2048), Shape("llama-3.1-8b", 1, 2048)
+_LONG, _SMALL_LONG = Shape("llama-3.1-8b", 1, 32768), Shape("llama-3.2-1b", 1, 32768)
 _SMALL, _TINY = Shape("llama-3.2-1b", 4, 2048), Shape("tiny", 2, 32)
 _QLORA = {"format": "nf4", "remat": "full-4bit"}
 _FULL = {"adapter": "none", "clip": None}
@@ -53,6 +54,21 @@ LADDERS: dict[str, tuple[Shape, dict[str, tuple[str, dict[str, Any]]]]] = {
             "layer inputs in 4 bits": ("memjax", _QLORA),
             "embedding and head in int8": ("memjax", _QLORA | {"rest": "int8"}),
             "AdamW in 8 bits": ("memjax", _QLORA | {"rest": "int8", "optimizer": "adamw8bit"}),
+        },
+    ),
+    "8B LoRA, 1 x 32768": (
+        _LONG,
+        {
+            "plain_jax, full remat, 1 x 8192": ("plain_jax", {"remat": "full", "length": 8192}),
+            "memjax: the last 1024 tokens and 4 sinks": ("memjax", {"attention": "window=1024,sinks=4"}),
+            "the last 4096 tokens and 4 sinks": ("memjax", {"attention": "window=4096,sinks=4"}),
+        },
+    ),
+    "1B LoRA, 1 x 32768": (
+        _SMALL_LONG,
+        {
+            "memjax: all past tokens": ("memjax", {}),
+            "the last 4096 tokens and 4 sinks": ("memjax", {"attention": "window=4096,sinks=4"}),
         },
     ),
     "8B, all weights, 1 x 2048": (
@@ -95,8 +111,14 @@ LADDERS: dict[str, tuple[Shape, dict[str, tuple[str, dict[str, Any]]]]] = {
         },
     ),
 }
+"""Name of a ladder -> its shape and rungs; ``length`` is a rung's own."""
+
 RUNGS = {
-    f"{ladder}/{name}": Rung(shape, stack, settings)
+    f"{ladder}/{name}": Rung(
+        shape._replace(length=settings.get("length", shape.length)),
+        stack,
+        {name: value for name, value in settings.items() if name != "length"},
+    )
     for ladder, (shape, rungs) in LADDERS.items()
     for name, (stack, settings) in rungs.items()
 }

@@ -54,6 +54,8 @@ class Generate:
     """Draw among so many most probable tokens."""
     seed: int = 0
     """Of the draws."""
+    attention: str | None = None
+    """Which past tokens a token sees, such as window=1024,sinks=4: as the adapter was trained."""
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
     group: int = 64
@@ -72,6 +74,7 @@ class Generate:
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,
+            attention=self.attention,
         )
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 

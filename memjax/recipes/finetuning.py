@@ -20,6 +20,7 @@ from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.models.layers import checkpointed
 from memjax.ops import linear_cross_entropy
 from memjax.recipes import data as data_
+from memjax.recipes.attention import parse_attention
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.formats import Format, codec_of
@@ -66,8 +67,11 @@ def make_loss(
         sums = parallel.on_mesh(_sum_parts(model, settings), mesh)
         return lambda theta, frozen, batch, key: sums(adapter.attach(frozen, theta, key if dropout else None), batch)
 
+    attention = parse_attention(settings.attention)
+
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
-        hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
+        options = {"segment_ids": batch.segment_ids, "remat": settings.remat, "attention": attention}
+        hidden = model.hidden(params, batch.inputs, **options)
         return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +86,12 @@ def make_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
     def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> jax.Array:
         return _nll(model, params, hidden, batch, settings.chunk) / batch.weights.sum()
 
-    parts = optim.parts_of_stages(lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids), head)
+    attention = parse_attention(settings.attention)
+
+    def stages(batch: data_.Windows) -> models.Stages:
+        return model.stages(batch.inputs, segment_ids=batch.segment_ids, attention=attention)
+
+    parts = optim.parts_of_stages(stages, head)
     return parts._replace(block=remat.checkpoint(parts.block, settings.remat))
 
 
@@ -92,7 +101,12 @@ def _sum_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
     def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
 
-    parts = optim.parts_of_stages(lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids), head)
+    attention = parse_attention(settings.attention)
+
+    def stages(batch: data_.Windows) -> models.Stages:
+        return model.stages(batch.inputs, segment_ids=batch.segment_ids, attention=attention)
+
+    parts = optim.parts_of_stages(stages, head)
     block = checkpointed(lambda x, rest: parts.block(rest[0], x, *rest[1:]), settings.remat)
     return parts._replace(block=lambda layer, x, batch, index: block(x, (layer, batch, index)))
 
@@ -213,6 +227,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
             settings.sample_tokens,
             temperature=settings.temperature,
             key=jax.random.key(settings.seed),
+            attention=parse_attention(settings.attention),
         )
 
     console.print(
@@ -261,7 +276,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     if mesh is not None:
         activations, rows = activations // mesh.size, rows // parallel.batch_parts(mesh)
     weights = adapter.attach(frozen, state.theta) if isinstance(adapter, TrainedWeights) else frozen
-    activations += working_bytes(config, weights, rows, settings.seq, settings.chunk)
+    by_blocks = settings.attention is not None or microbatch.segment_ids is not None
+    activations += working_bytes(config, weights, rows, settings.seq, settings.chunk, by_blocks)
     by_xla = compiled_bytes(compiled)
     if mesh is not None:  # where arrays that the step does not use are no arguments of it, and are held all the same
         by_xla = by_xla._replace(argument=max(by_xla.argument, parallel.device_bytes((state, frozen, batch_at(0)))))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import models
+from memjax.recipes.attention import parse_attention
 from memjax.recipes.convert import load_adapter
 
 
@@ -22,6 +23,7 @@ def generate_text(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
+    attention: str | None = None,
 ) -> str:
     """Returns the text with which a model goes on.
 
@@ -32,6 +34,7 @@ def generate_text(
       chat: give the prompt as a user's message in the model's chat format.
       max_new_tokens, temperature, top_k: see `memjax.models.generate`.
       seed: of the draws.
+      attention: which past tokens a token sees, as `FinetuneSettings` says it.
 
     Raises:
       ValueError: an encoder, no tokenizer, an empty prompt, or an adapter of another model.
@@ -49,7 +52,14 @@ def generate_text(
     if not ids:
         raise ValueError("the prompt has no tokens")
     return continue_tokens(
-        model, params, ids, max_new_tokens, temperature=temperature, top_k=top_k, key=jax.random.key(seed)
+        model,
+        params,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        key=jax.random.key(seed),
+        attention=parse_attention(attention),
     )
 
 

@@ -92,13 +92,13 @@ def residual_bytes(loss: Callable[..., Any], theta: Any, *arguments: Any) -> int
     return nbytes([aval for aval in found.values() if getattr(aval, "memory_space", None) != on_host])
 
 
-def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk: int) -> int:
+def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk: int, by_blocks: bool = False) -> int:
     """Returns what one layer's backward pass, or one chunk of the loss, holds beside residuals, whichever is
     more.
 
     A lower bound: the backward pass of an MLP holds gate, up and their product with the gradients of all
-    three; that of attention q, k, v and the output with theirs and, without cuDNN, the scores and their
-    gradients in float32. Both hold the layer's input and the normalised input with their gradients. A chunk
+    three; that of attention q, k, v and the output with theirs and, without cuDNN or blocks, the scores and
+    their gradients in float32. Both hold the layer's input and the normalised input with their gradients. A chunk
     of the loss holds its logits in float32 and their gradients in the dtype of the model. Each product with a
     packed weight holds one decoded matrix. A compiler that fuses less holds more.
 
@@ -108,6 +108,7 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
       batch: sequences per microbatch, B.
       seq: tokens per sequence, S.
       chunk: as in `memjax.ops.linear_cross_entropy`.
+      by_blocks: attention has a mask or packed documents, and goes by blocks.
     """
     dtype = params["norm"]["scale"].dtype
     item, tokens = dtype.itemsize, batch * seq
@@ -117,7 +118,7 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
     mlp = 6 * config.intermediate_size
     attention = 4 * config.head_dim * (config.num_heads + config.num_kv_heads)
     fused = jax.default_backend() == "gpu" and item == 2
-    scores = 0 if fused else 2 * 4 * tokens * seq * config.num_heads
+    scores = 0 if fused or by_blocks else 2 * 4 * tokens * seq * config.num_heads
     layer = max((shared + mlp) * tokens * item, (shared + attention) * tokens * item + scores)
     logits = (4 + item) * min(chunk, tokens) * config.vocab_size
     return max(layer + item * max(in_layer, default=0), logits + item * sum(at_head))

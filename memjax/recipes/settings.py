@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from memjax import parallel, remat
+from memjax.recipes.attention import parse_attention
 from memjax.recipes.data import TooLong
 from memjax.recipes.formats import Format
 from memjax.recipes.methods import AdapterName, complete
@@ -56,6 +57,8 @@ class FinetuneSettings:
       remat: what is kept of each layer for the backward pass: none: all; full: its input; linear: and what linear
         layers give; dots: and matrix products; 8bit, 4bit, 2bit: all, packed; full-8bit, linear-8bit and the like:
         the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
+      attention: which past tokens a token sees, parts joined by commas: window=1024 (the last ones), sinks=4 (the first
+        ones), chunked=2048 (those of its chunk); None: all. Documents are always kept apart.
       chunk: tokens whose logits exist at a time, as numbers.
       held_out: fraction of the data, at its end, that is held out.
       eval_windows: sequences of held-out data that are evaluated.
@@ -96,6 +99,7 @@ class FinetuneSettings:
     clip: float | None = 1.0
     mesh: str | None = None
     remat: remat.Name = "full"
+    attention: str | None = None
     chunk: int = 512
     held_out: float = 0.1
     eval_windows: int = 32
@@ -125,6 +129,7 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
     if settings.accumulate < 1 or settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
     remat.parse(settings.remat)
+    parse_attention(settings.attention)
     if settings.optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {settings.optimizer!r}; known are {', '.join(OPTIMIZERS)}")
     optimizer = OPTIMIZERS[settings.optimizer]
