@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,12 +87,7 @@ def make_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
     def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> jax.Array:
         return _nll(model, params, hidden, batch, settings.chunk) / batch.weights.sum()
 
-    attention = parse_attention(settings.attention)
-
-    def stages(batch: data_.Windows) -> models.Stages:
-        return model.stages(batch.inputs, segment_ids=batch.segment_ids, attention=attention)
-
-    parts = optim.parts_of_stages(stages, head)
+    parts = optim.parts_of_stages(_stages(model, settings), head)
     return parts._replace(block=remat.checkpoint(parts.block, settings.remat))
 
 
@@ -101,14 +97,15 @@ def _sum_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
     def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
 
-    attention = parse_attention(settings.attention)
-
-    def stages(batch: data_.Windows) -> models.Stages:
-        return model.stages(batch.inputs, segment_ids=batch.segment_ids, attention=attention)
-
-    parts = optim.parts_of_stages(stages, head)
+    parts = optim.parts_of_stages(_stages(model, settings), head)
     block = checkpointed(lambda x, rest: parts.block(rest[0], x, *rest[1:]), settings.remat)
     return parts._replace(block=lambda layer, x, batch, index: block(x, (layer, batch, index)))
+
+
+def _stages(model: models.Model, settings: FinetuneSettings) -> Callable[[data_.Windows], models.Stages]:
+    """Returns how a batch goes through the layers of a decoder."""
+    attention = parse_attention(settings.attention)
+    return lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids, attention=attention)
 
 
 def _nll(model: models.Model, params: Any, hidden: jax.Array, batch: data_.Windows, chunk: int) -> jax.Array:
