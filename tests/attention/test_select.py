@@ -1,0 +1,111 @@
+"""Selections of blocks: what is chosen, what is always, how much mass they keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.attention import attend, block_scores, block_topk, make_block_mask, masks, recall, select_mass, select_topk
+from memjax.attention.select import token_blocks
+from tests.attention.naive import causal, naive, operands, same, weights
+from tests.random_views import array
+
+
+def test_scores_are_of_means_and_a_last_block_may_be_short():
+    q, k, _ = operands(20, 26)
+    scores = block_scores(q, k, blocks=(8, 4), mask=masks.causal())
+    means = [jnp.stack([x[:, i : i + n].mean(1) for i in range(0, x.shape[1], n)], 1) for x, n in ((q, 8), (k, 4))]
+    expected = jnp.einsum("bqhd,bkhd->bhqk", means[0], jnp.repeat(means[1], 2, 2)) / 8**0.5
+    seen = np.pad(causal(20, 26), ((0, 4), (0, 2))).reshape(3, 8, 7, 4).any((1, 3))
+    np.testing.assert_allclose(scores, jnp.where(seen, expected, -jnp.inf), 1e-5, 1e-6)
+    best = block_scores(q, k, blocks=(20, 26), pool="max", scale=1.0)
+    expected = jnp.einsum("bhd,bhd->bh", q.max(1), jnp.repeat(k.max(1), 2, 1))
+    np.testing.assert_allclose(best[..., 0, 0], expected, 1e-5)
+    with pytest.raises(ValueError, match="pool must be"):
+        block_scores(q, k, blocks=(8, 4), pool="sum")
+
+
+def test_topk_takes_the_best_and_what_is_always_taken():
+    scores = jnp.asarray([[5.0, 1, 2, 9, 3, 0], [1, 1, 1, 1, -jnp.inf, -jnp.inf], [-jnp.inf] * 6])
+    found = select_topk(scores, 3)
+    assert np.asarray(found).astype(int).tolist() == [[1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0] * 6]
+    found = select_topk(scores, 4, always=(2, 1))
+    assert np.asarray(found).astype(int).tolist() == [[1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0], [0] * 6]
+    assert (select_topk(scores, 99) == (scores > -jnp.inf)).all()
+    with pytest.raises(ValueError, match="more than k=2"):
+        select_topk(scores, 2, always=(2, 1))
+
+
+def test_mass_is_reached_with_the_fewest_blocks_or_overflows():
+    scores = array(0, 5, 9).at[3, 4:].set(-jnp.inf).at[4].set(-jnp.inf)
+    found, overflow = jax.jit(select_mass, static_argnums=(1, 2))(scores, 0.8, 9)
+    share = np.nan_to_num(np.asarray(jax.nn.softmax(scores)))
+    for row, chosen in zip(share, np.asarray(found)):
+        best = np.sort(row)[::-1]
+        assert chosen.sum() == (0 if row.sum() == 0 else 1 + (np.cumsum(best) < 0.8).sum())
+        assert row[chosen].sum() >= 0.8 or row.sum() == 0
+    assert not overflow.any()
+    found, overflow = select_mass(scores, 0.8, 2)
+    assert (found.sum(-1) <= 2).all()
+    assert overflow.tolist() == [bool(0 < np.sort(row)[-2:].sum() < 0.8) for row in share]
+    assert (select_mass(scores, 1.0, 9)[0] == (scores > -jnp.inf)).all()
+    with pytest.raises(ValueError, match="tau"):
+        select_mass(scores, 0.0, 2)
+
+
+def concentrated(s=128, size=16):
+    """Returns q and k of blocks that attend to one block each, and their own."""
+    number = np.arange(s // size)
+    code = np.eye(s // size, dtype=np.float32)
+    key, query = code.repeat(size, 0), code[number * 5 % 8 * (number * 5 % 8 <= number)].repeat(size, 0)
+    q, k = 12 * query + 3 * key, 4 * key
+    noise = np.asarray(array(0, s, 8))
+    return jnp.asarray(q + 0.1 * noise)[None, :, None], jnp.asarray(k + 0.1 * noise)[None, :, None]
+
+
+def test_recall_is_the_share_of_weights_and_few_blocks_hold_concentrated_attention():
+    q, k = concentrated()
+    shown = masks.causal()
+    table = np.asarray(weights(q, k, causal(128, 128)))
+    curve = []
+    for n in (2, 3, 8):
+        mask = block_topk(q, k, n, size=(16, 16))
+        found = recall(mask, q, k, blocks=(16, 16))
+        share = (table * np.asarray(mask.table(128, 128))).sum(-1).mean(-1)
+        np.testing.assert_allclose(found, share, 1e-5)
+        curve.append((float(found[0, 0]), mask.density(128, 128) / shown.density(128, 128)))
+    assert curve[1][0] > 0.95 and curve[1][1] < 0.55
+    np.testing.assert_allclose(curve[2], (1, 1), 1e-6)
+    assert curve[0][0] < curve[1][0] < curve[2][0]
+    scores = block_scores(q, k, blocks=(16, 16), mask=shown)
+    selected, overflow = select_mass(scores, 0.95, 8)
+    assert not overflow.any() and recall(masks.blocks(selected, 16), q, k, blocks=(16, 16)).min() > 0.9
+
+
+def test_topk_of_all_blocks_is_dense_and_fewer_equal_the_table():
+    q, k, v = operands(64)
+    all_ = attend(q, k, v, mask=block_topk(q, k, 4, size=(16, 16)), blocks=(16, 16))
+    np.testing.assert_allclose(all_, attend(q, k, v, mask=masks.causal(), blocks=(16, 16)), 1e-5, 1e-6)
+    mask = block_topk(q, k, 2, size=(16, 16))
+    few = lambda q, k, v: attend(q, k, v, mask=block_topk(q, k, 2, size=(16, 16)), blocks=(16, 16))  # noqa: E731
+    same(few, lambda *a: naive(*a, mask.table(64, 64)), q, k, v)
+
+
+@pytest.mark.parametrize("size,blocks", [(16, (32, 8)), (8, (16, 32)), (16, (16, 16))])
+def test_blocks_that_each_token_chooses(size, blocks):
+    rng = np.random.default_rng(0)
+    s, t, n = 40, 52, 3
+    chosen = np.argsort(rng.random((2, 2, s, -(-t // size))))[..., :n].astype(np.int32)
+    chosen[:, :, :16] = [0, 1, -1]
+    mask = token_blocks(jnp.asarray(chosen), size, t, blocks=blocks)
+    table = (np.arange(t) // size == chosen[..., None]).any(-2)
+    assert (np.asarray(mask.table(s, t)) == table).all()
+    made = make_block_mask(mask, s, t, blocks=blocks)
+    grid = np.pad(table, ((0, 0), (0, 0), (0, -s % blocks[0]), (0, -t % blocks[1])))
+    grid = grid.reshape(2, 2, -(-s // blocks[0]), blocks[0], -(-t // blocks[1]), blocks[1])
+    assert made.elements.bits is None and (np.asarray(made.by_query.total) == grid.any((3, 5)).sum(-1)).all()
+    whole = np.pad(table, ((0, 0), (0, 0), (0, -s % blocks[0]), (0, 0)), constant_values=True)
+    whole = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, -t % blocks[1]))).reshape(grid.shape).all((3, 5)).sum(-1)
+    assert (np.asarray(made.by_query.full) == whole).all()
+    with pytest.raises(ValueError, match="divide"):
+        token_blocks(jnp.asarray(chosen), 12, t, blocks=blocks)
