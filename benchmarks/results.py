@@ -322,6 +322,35 @@ def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[s
     return parts
 
 
+LADDER_NOTE = """A rung has one technique more than the one before, unless its name says what it replaces. Ratios are
+with the first row of a table, where it is of the same run; losses are of random weights and one random batch, a check
+that every rung learns. What a technique does to real losses is in the tables of formats, activations and optimizers."""
+
+
+def _ladder(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `ladder`: one per ladder, a line per rung."""
+    parts = [LADDER_NOTE]
+    header = ("rung", "peak GiB", "compiled GiB", "tokens/s", "peak / first", "speed / first", "loss")
+    for ladder in dict.fromkeys(_split(row["case"])[0] for row in rows):
+        rungs = [row for row in rows if _split(row["case"])[0] == ladder]
+        lines = []
+        for row in rungs:
+            base = rungs[0] if rungs[0]["run"] == row["run"] else {}
+            lines.append(
+                [
+                    _split(row["case"])[1],
+                    _peak(row),
+                    _number(row.get("compiled_gib")),
+                    _number(row["tokens_per_s"]),
+                    _over(row, base, "peak_gib"),
+                    _over(row, base, "tokens_per_s"),
+                    f"{row['loss_last']:.3f}",
+                ]
+            )
+        parts.append(f"**{ladder}**\n\n{_table(header, lines)}")
+    return parts
+
+
 def _split(case: str) -> tuple[str, str]:
     """Returns the group of a case of `activations`, and what it is in it."""
     group, _, name = case.partition("/")
@@ -357,7 +386,47 @@ def _activation_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) ->
     return parts
 
 
+ATTENTION_NOTE = """Attention in bfloat16, forward alone and with its backward pass. TFLOP/s are of the elements that
+the mask shows (useful) and of the blocks that are visited, of two products forward and seven both ways; the last column
+is a way's time over memjax's of the same run, and of the row with all keys how much dearer a visited block of memjax
+is."""
+
+
+def _attention(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `flash_attention`: one per case, a line per way."""
+    parts = [ATTENTION_NOTE]
+    header = ("way", "ms", "TFLOP/s useful", "visited", "ms with backward", "useful", "visited", "x time")
+    for row in rows:
+        if "builds" in row:
+            lines = [
+                [name, found["where"], f"{found['median_ms']:.2f} ({found['min_ms']:.2f} to {found['max_ms']:.2f})"]
+                for name, found in row["builds"].items()
+            ]
+            parts.append(f"**{row['case']}** (lists of blocks)\n\n" + _table(("mask", "where", "ms"), lines))
+            continue
+        lines = []
+        for way, found in row["ways"].items():
+            line, ratios = [way], []
+            for name in ("forward", "both"):
+                part = found.get(name, {})
+                timing = f"{part['ms']:.3f} ({part['min_ms']:.3f} to {part['max_ms']:.3f})" if "ms" in part else "-"
+                rates = (part.get(f"{kind}_tflops") for kind in ("useful", "visited"))
+                line += [timing, *("-" if rate is None else _number(rate) for rate in rates)]
+                dearer = row["ways"]["memjax"].get(name, {}).get("time_over_visited")
+                ratio = dearer if way == "memjax, all keys" else part.get("time_over_memjax")
+                ratios.append("-" if ratio is None else f"{ratio:.2f}")
+            lines.append([*line, " / ".join(ratios)])
+        sizes = (
+            f"B {row['batch']}, H {row['heads']}, Hk {row['key_heads']}, S = T = {row['length']}, D {row['head_dim']}"
+        )
+        shown = f"{row['useful']:.3f} of elements shown, {row['visited']:.3f} of blocks visited"
+        floor = f"forward at the matmul rate {row['floor_ms']:.3f} ms"
+        parts.append(f"**{row['case']}** ({sizes}; {shown}; {floor})\n\n" + _table(header, lines))
+    return parts
+
+
 TABLES = {
+    "ladder": _ladder,
     "packed_matmul": _products,
     "codec": _codes,
     "optim_steps": _optimizer_steps,
@@ -366,6 +435,7 @@ TABLES = {
     "adapters": _adapters,
     "activations": _activations,
     "activation_quality": _activation_quality,
+    "flash_attention": _attention,
 }
 """Suite -> what is under its heading; other suites measure speed."""
 

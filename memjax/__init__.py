@@ -3,11 +3,11 @@
 import importlib
 from typing import Any
 
-from memjax import adapters, codecs, core, ops, optim, remat, weights
+from memjax import adapters, attention, codecs, core, ops, optim, remat, weights
 from memjax.weights import lift
 
 __version__ = "0.1.0"
-__all__ = ["adapters", "codecs", "core", "lift", "models", "ops", "optim", "recipes", "remat", "weights"]
+__all__ = ["adapters", "attention", "codecs", "core", "lift", "models", "ops", "optim", "recipes", "remat", "weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA = plgpu.Layout.WGMMA
@@ -18,9 +20,48 @@ def explicit_layouts(**options: Any) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **options)
 
 
-def swizzled(itemsize: int) -> tuple[Any, ...]:
-    """Returns the transforms of shared memory that wgmma and `Thread.load_swizzled` read: rows of 128 bytes a tile."""
-    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+def swizzled(itemsize: int, row_bytes: int = 128) -> tuple[Any, ...]:
+    """Returns the transforms of shared memory that wgmma and `Thread.load_swizzled` read.
+
+    Args:
+      itemsize: bytes of an element.
+      row_bytes: of a tile's row: 128, 64 or 32.
+    """
+    tiling = plgpu.TilingTransform((8, row_bytes // itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
+
+
+def two_products(
+    second: jax.Array,
+    first_shape: tuple[int, int],
+    start: Callable[[Any, Any], None],
+    meanwhile: Callable[[jax.Array], Sequence[jax.Array]],
+    results: Sequence[jax.Array],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Runs two asynchronous products and computes on the first one's result while the second is still running.
+
+    Args:
+      second: float32 in the wgmma layout, to which the second product is added.
+      first_shape: of the first product.
+      start: ``(first accumulator, second accumulator)``: starts the first product, then the second.
+      meanwhile: called with the first product; starts no product.
+      results: arrays of the shapes and dtypes of what ``meanwhile`` returns.
+
+    Returns:
+      ``second`` plus the second product, which is then complete, and what ``meanwhile`` returned.
+    """
+
+    def body(refs: Any) -> None:
+        first_acc, second_acc, outputs = refs
+        start(first_acc, second_acc)
+        # The barriers keep the compiler from moving what reads a product ahead of the wait for it.
+        values = meanwhile(lax.optimization_barrier(plgpu.wgmma_accumulator_load(first_acc, wait_n=1)))
+        for output, value in zip(outputs, values, strict=True):
+            output[...] = value
+
+    zero = plgpu.layout_cast(jnp.zeros(first_shape, jnp.float32), WGMMA)
+    _, made, outputs = pl.run_state(body)((plgpu.ACC.init(zero), plgpu.ACC.init(second), list(results)))
+    return lax.optimization_barrier(made), outputs
 
 
 def transposed(ref: Any) -> Any:
@@ -359,3 +400,34 @@ def write_fragment(array: jax.Array, refs: Sequence[Any], write: Callable[..., N
         write(thread, words, *memrefs)
 
     plgpu.inline_mgpu(arg_types=(WGMMA, *(plgpu.RefType() for _ in refs)))(build)(array, *refs)
+
+
+def value_and_slope(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns an elementwise function of a float32 array in the wgmma layout and its derivative there.
+
+    The derivative is evaluated equation by equation because the backend lacks the addition of forward mode.
+    """
+
+    def both(x: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(fn, (x,), (one,))
+
+    def run(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+        for equation in jaxpr.eqns:
+            inputs = [v.val if hasattr(v, "val") else values[v] for v in equation.invars]
+            if equation.primitive.name == "add_any":
+                outputs = [inputs[0] + inputs[1]]
+            elif equation.primitive.name in ("jit", "pjit"):
+                inner = equation.params["jaxpr"]
+                outputs = run(inner.jaxpr, inner.consts, inputs)
+            else:
+                options = equation.primitive.get_bind_params(equation.params)
+                made = equation.primitive.bind(*inputs, **options)
+                outputs = list(made) if equation.primitive.multiple_results else [made]
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [v.val if hasattr(v, "val") else values[v] for v in jaxpr.outvars]
+
+    one = plgpu.layout_cast(jnp.ones(x.shape, x.dtype), WGMMA)
+    traced = jax.make_jaxpr(both)(x, one)
+    value, slope = run(traced.jaxpr, traced.consts, (x, one))
+    return value, slope

@@ -503,7 +503,7 @@ def as_integer(name: str, what: str, value: Any, least: int | None) -> int:
         raise TypeError(f"{name}: {what} must be an integer, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name}: {what} must be at least {least}, got {value}")
-    if abs(value) >= 2**30:
+    if not -(2**30) < value < 2**30:
         raise ValueError(f"{name}: {what} must be below 2**30, as positions are int32, got {value}")
     return int(value)
 

@@ -131,9 +131,9 @@ def scale_by_micro_adam(
         cut = _cut(tuple(p.shape), density, group, least)
         if cut is None:
             return Moments(jnp.zeros(p.shape, jnp.float32), jnp.zeros(p.shape, jnp.float32))
-        ranges = jnp.zeros((cut.blocks, cut.block // group), jnp.uint16)
+        scales, offsets = (jnp.zeros((cut.blocks, cut.block // group), jnp.uint16) for _ in range(2))
         codes = jnp.zeros((cut.blocks, cut.block // 2), jnp.uint8)
-        error = Packed((codes,), ranges, ranges, _codec(group), (-1,), jnp.dtype(jnp.float32))
+        error = Packed((codes,), scales, offsets, _codec(group), (-1,), jnp.dtype(jnp.float32))
         rows = (window, cut.blocks, cut.k)
         return Ring(jnp.zeros(rows, jnp.uint16), jnp.zeros(rows, jnp.bfloat16), error)
 

@@ -15,18 +15,22 @@ from rich.markup import escape
 
 from memjax.recipes.checkpoint import Checkpoints
 from memjax.recipes.convert import MergedDtype, merge_model, quantize_model, worst
-from memjax.recipes.finetuning import Dtype, FinetuneSettings, concrete, finetune, load_model
+from memjax.recipes.finetuning import finetune, load_model
 from memjax.recipes.formats import Format, Packing
 from memjax.recipes.generation import generate_text
 from memjax.recipes.report import leaf_table
+from memjax.recipes.settings import Dtype, FinetuneSettings, concrete, read_toml
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune(FinetuneSettings):
-    """Train an adapter on frozen weights; write losses, bytes, samples and the adapter."""
+    """Train an adapter on frozen weights, or the weights; write losses, bytes, samples and what was trained."""
+
+    config: str | None = None
+    """TOML file with settings by these names; those of the command line go before."""
 
     def run(self, console: Console) -> None:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(FinetuneSettings)}
         finetune(FinetuneSettings(**fields), console)
 
 
@@ -146,21 +150,23 @@ class Merge:
         console.print(f"wrote {self.out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def resumed_defaults(arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings of the run that ``--resume DIR`` names, so that they need not be typed again.
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """Returns the value that the arguments give an option, or None."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else next(iter(arguments[i + 1 :]), None)
+    return None
+
+
+def resumed_defaults(folder: str) -> dict[str, Any]:
+    """Returns the settings of the run in a folder, so that they need not be typed again.
 
     Settings that are typed all the same are compared with the run's when it is resumed.
 
     Raises:
       ValueError: a folder without a checkpoint.
     """
-    folder = None
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--resume":
-            folder = value if equals else next(iter(arguments[i + 1 :]), None)
-    if folder is None:
-        return {}
     if not (Path(folder) / "checkpoints").is_dir():
         raise ValueError(f"cannot resume: {folder} holds no checkpoints")
     checkpoints = Checkpoints(folder)
@@ -181,7 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     console = Console()
     try:
-        saved = resumed_defaults(arguments) if arguments[:1] == ["finetune"] else {}
+        saved: dict[str, Any] = {}
+        if arguments[:1] == ["finetune"]:
+            if (file := value_of("--config", arguments)) is not None:
+                saved = read_toml(file)
+            if (folder := value_of("--resume", arguments)) is not None:
+                saved = resumed_defaults(folder)
         default = Finetune(**({"model": tyro.MISSING} | saved))
         train = Annotated[Finetune, tyro.conf.subcommand("finetune", default=default)]
         command = tyro.cli(

@@ -7,14 +7,14 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memjax import adapters, models, remat
+from memjax import adapters, models, optim, remat
 from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.ops import linear_cross_entropy
 from memjax.recipes import data as data_
@@ -22,92 +22,14 @@ from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_
 from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.formats import Format, codec_of
 from memjax.recipes.generation import continue_tokens
-from memjax.recipes.methods import AdapterName, complete, make_adapter, with_schedule
+from memjax.recipes.methods import METHODS, Settings, make_adapter
+from memjax.recipes.optimizers import make_training
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
-from memjax.recipes.train import LossFn, Schedule, check_finite, init_state, make_optimizer, make_step
+from memjax.recipes.settings import FREE_SETTINGS, Dtype, FinetuneSettings, checked, concrete
+from memjax.recipes.train import LossFn, check_finite, init_state
+from memjax.recipes.whole import TrainedWeights
 from memjax.weights import lift
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-# Settings that may change on resume: they say where things are and how often, and change no number.
-FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens", "temperature")
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneSettings:
-    """What a fine-tuning run does.
-
-    Attributes:
-      model: smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name.
-      data: .txt, .jsonl (prompt and completion, or messages), or kjv (packaged).
-      adapter: the method.
-      rank: rank of the adapter; by default the method's (lora: 16), as for alpha, targets and lr.
-      alpha: scale of the adapter times its rank (lora: twice the rank).
-      targets: patterns of the weights that are adapted (lora: all linear layers).
-      dropout: on the adapter's input.
-      format: how the frozen weights are held: as in the file, dense, or the targets encoded (the rest as in the file).
-      group: weights per scale of encoded weights.
-      dtype: of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU.
-      batch: sequences per step.
-      seq: tokens per sequence.
-      accumulate: microbatches that the batch is divided into.
-      steps: training steps.
-      lr: highest learning rate (lora: 2e-3).
-      schedule: of the learning rate after the warm-up.
-      warmup: steps of linear warm-up.
-      weight_decay: decoupled weight decay.
-      clip: largest global norm of the gradients; None does not clip.
-      remat: what is kept of each layer for the backward pass: none: all; full: its input; linear: and what linear
-        layers give; dots: and matrix products; 8bit, 4bit, 2bit: all, packed; full-8bit, linear-8bit and the like:
-        the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
-      chunk: tokens whose logits exist at a time, as numbers.
-      held_out: fraction of the data, at its end, that is held out.
-      eval_windows: sequences of held-out data that are evaluated.
-      eval_every: also evaluate every so many steps; 0: only before and after.
-      too_long: documents longer than seq: error, cut or drop.
-      seed: of the order of the data, the adapter and dropout.
-      save_every: steps between checkpoints; 0: only at the end.
-      keep: checkpoints that are kept.
-      resume: folder of a run to go on with; every setting is taken from the run, --model too.
-      out: folder for results; by default runs/MODEL-ADAPTER.
-      prompt: start of the samples; by default the start of the held-out data.
-      sample_tokens: tokens of each sample.
-      temperature: of the samples; 0 takes the most probable token.
-    """
-
-    model: str
-    data: str = "kjv"
-    adapter: AdapterName = "lora"
-    rank: int | None = None
-    alpha: float | None = None
-    targets: tuple[str, ...] | None = None
-    dropout: float = 0.0
-    format: Format = "keep"
-    group: int = 64
-    dtype: Dtype = "auto"
-    batch: int = 2
-    seq: int = 128
-    accumulate: int = 1
-    steps: int = 50
-    lr: float | None = None
-    schedule: Schedule = "constant"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    remat: remat.Name = "full"
-    chunk: int = 512
-    held_out: float = 0.1
-    eval_windows: int = 32
-    eval_every: int = 25
-    too_long: data_.TooLong = "error"
-    seed: int = 0
-    save_every: int = 25
-    keep: int = 2
-    resume: str | None = None
-    out: str | None = None
-    prompt: str | None = None
-    sample_tokens: int = 40
-    temperature: float = 0.7
 
 
 class FinetuneResult(NamedTuple):
@@ -132,22 +54,13 @@ def load_model(model: str, format: Format = "keep", group: int = 64, dtype: Dtyp
     return models.load(model, dtype=concrete(dtype), weights=weights)
 
 
-def concrete(dtype: Dtype) -> str:
-    """Returns the dtype that "auto" stands for on this machine; others as they are."""
-    if dtype == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return dtype
-
-
 def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, dropout: bool) -> LossFn:
     """Returns the loss of a decoder with an adapter attached: ``(theta, frozen, batch, key) -> (sum,
     count)``."""
 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
-        weight, axis = model.head(params)
-        options = {"weights": batch.weights, "w_axis": axis, "reduction": "sum", "chunk": settings.chunk}
-        return linear_cross_entropy(hidden, weight, batch.targets, **options), batch.weights.sum()
+        return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return lift(nll)(adapter.attach(frozen, theta, key if dropout else None), batch)
@@ -155,17 +68,34 @@ def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, 
     return loss
 
 
+def make_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossParts:
+    """Returns the mean loss of a decoder, cut at its layers."""
+
+    def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> jax.Array:
+        return _nll(model, params, hidden, batch, settings.chunk) / batch.weights.sum()
+
+    parts = optim.parts_of_stages(lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids), head)
+    return parts._replace(block=remat.checkpoint(parts.block, settings.remat))
+
+
+def _nll(model: models.Model, params: Any, hidden: jax.Array, batch: data_.Windows, chunk: int) -> jax.Array:
+    """Returns the weighted sum of the losses of a batch."""
+    weight, axis = model.head(params)
+    options = {"weights": batch.weights, "w_axis": axis, "reduction": "sum", "chunk": chunk}
+    return linear_cross_entropy(hidden, weight, batch.targets, **options)
+
+
 def finetune(settings: FinetuneSettings, console: Console | None = None) -> FinetuneResult:
-    """Trains an adapter on frozen weights and writes losses, checkpoints, report, picture and samples.
+    """Trains an adapter on frozen weights, or the weights; writes losses, checkpoints, report, picture and samples.
 
     Args:
       settings: what to do.
       console: where progress and tables are printed; None prints to the standard output.
 
     Returns:
-      `FinetuneResult`; the folder ``out`` holds ``adapter/``, ``checkpoints/``, ``metrics.jsonl``,
-      ``held_out.jsonl``, ``report.json``, ``report.png`` and ``samples.json``, and ``start/`` for adapters with
-      constants.
+      `FinetuneResult`; the folder ``out`` holds ``adapter/`` (or, where weights are trained, ``model/``),
+      ``checkpoints/``, ``metrics.jsonl``, ``held_out.jsonl``, ``report.json``, ``report.png`` and ``samples.json``,
+      and ``start/`` for adapters with constants.
 
     Raises:
       ValueError: bad settings, model or data; or settings other than those of the run that is resumed.
@@ -174,27 +104,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     """
     started = time.monotonic()
     console = console or Console()
-    for name in ("steps", "eval_windows", "sample_tokens"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
-    if settings.resume and settings.out and Path(settings.out) != Path(settings.resume):
-        raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
-    if settings.accumulate < 1 or settings.batch % settings.accumulate:
-        raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
-    remat.parse(settings.remat)
-    chosen = complete(
-        settings.adapter, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, lr=settings.lr
-    )
-    settings = dataclasses.replace(settings, **chosen._asdict())
-    tx = make_optimizer(
-        chosen.lr,
-        settings.steps,
-        schedule=settings.schedule,
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-    )
-    tx = with_schedule(settings.adapter, tx, settings.steps)
+    settings = checked(settings)
     model = load_model(settings.model, settings.format, settings.group, settings.dtype)
     config = model.config
     if not isinstance(config, models.LlamaConfig):
@@ -211,11 +121,13 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     )
     held_out = data_.take(held_out, slice(settings.eval_windows))
     loader = data_.Loader(train, settings.batch, settings.seed)
+    assert settings.targets is not None and settings.lr is not None  # of settings that are checked
+    chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
     adapter = make_adapter(settings.adapter, model.params, chosen, settings.dropout)
 
     out = Path(settings.resume or settings.out or f"runs/{Path(settings.model).stem}-{settings.adapter}")
     recorded = dataclasses.asdict(settings) | {
-        "targets": list(chosen.targets),
+        "targets": list(settings.targets),
         "dtype": str(model.params["norm"]["scale"].dtype),
         "data_sha256": data_.digest(data_.find(settings.data)),
     }
@@ -226,7 +138,12 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     frozen, start = _start(adapter, model.params, settings, out)
     model = dataclasses.replace(model, params=frozen)  # methods that rebase the weights have made others of them
-    state = init_state(jax.tree.map(jnp.copy, start), tx)  # a copy, because a training step donates its state
+    loss = make_loss(model, adapter, settings, dropout=True)
+    follow = METHODS[settings.adapter].after
+    training = make_training(
+        settings, loss, make_parts(model, settings), config.num_layers, follow and follow(settings.steps)
+    )
+    state = init_state(jax.tree.map(jnp.copy, start), training)  # a copy, because a training step donates its state
     if settings.resume:
         state = checkpoints.restore(state)
         if int(state.step) >= settings.steps:
@@ -271,10 +188,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     sample_before = sample(start)
     del start
 
-    loss = make_loss(model, adapter, settings, dropout=True)
-    step = make_step(loss, tx, accumulate=settings.accumulate, seed=settings.seed)
     with console.status("compiling the training step"):
-        compiled = step.lower(state, frozen, loader.batch_at(0)).compile()
+        compiled = training.step.lower(state, frozen, loader.batch_at(0)).compile()
     tokens, seconds = 0.0, 0.0
     with _progress(console) as progress:
         bar = progress.add_task("training", total=settings.steps, completed=done, loss=float("nan"), speed=0.0)
@@ -285,7 +200,9 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
             check_finite(metrics, i)
             seconds += time.monotonic() - begun
             tokens += float(metrics.tokens)
-            row = {"step": i, "loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm)}
+            row = {"step": i, "loss": float(metrics.loss)}
+            if metrics.grad_norm is not None:
+                row["grad_norm"] = float(metrics.grad_norm)
             metrics_log.append(row)
             progress.update(bar, completed=i + 1, loss=row["loss"], speed=tokens / seconds)
             # Evaluated first, so that a kill between the two leaves no checkpoint without its evaluation.
@@ -298,10 +215,14 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     rows = settings.batch // settings.accumulate
     microbatch = data_.take(loader.batch_at(0), slice(rows))
     activations = residual_bytes(loss, state.theta, frozen, microbatch, jax.random.key(0))
-    activations += working_bytes(config, frozen, rows, settings.seq, settings.chunk)
+    weights = adapter.attach(frozen, state.theta) if isinstance(adapter, TrainedWeights) else frozen
+    activations += working_bytes(config, weights, rows, settings.seq, settings.chunk)
     report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
     checkpoints.close()
-    adapter.save(out / "adapter", state.theta, frozen)
+    if isinstance(adapter, TrainedWeights):
+        models.save(out / "model", dataclasses.replace(model, params=adapter.attach(frozen, state.theta)))
+    else:
+        adapter.save(out / "adapter", state.theta, frozen)
     sample_after = sample(state.theta)
     before, after = (Evaluation(evaluations[at]["nll"], evaluations[at]["tokens"]) for at in (0, settings.steps))
     losses = [row["loss"] for row in read_metrics(metrics_log.path)]
@@ -323,12 +244,16 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     return result
 
 
-def _start(adapter: adapters.Adapter, params: Any, settings: FinetuneSettings, out: Path) -> tuple[Any, Any]:
+def _start(
+    adapter: adapters.Adapter | TrainedWeights, params: Any, settings: FinetuneSettings, out: Path
+) -> tuple[Any, Any]:
     """Returns the frozen tree and the adapter at its start; both the same, bit by bit, when a run is resumed.
 
     Constants that come from the weights, such as singular vectors, might not come out alike a second time: a run with
     constants keeps its start in ``start/``.
     """
+    if isinstance(adapter, TrainedWeights):
+        return adapter.prepare(params)
     if settings.resume and adapter.anchored:
         return adapters.load(out / "start", params)[1:]
     frozen, theta = adapter.prepare(jax.random.key(settings.seed), params)

@@ -10,6 +10,7 @@ import optax
 from memjax import adapters
 from memjax.adapters.adapter import bias_of
 from memjax.core.paths import leaf_paths, select
+from memjax.recipes.whole import TrainedWeights
 
 AdapterName = Literal[
     "lora",
@@ -25,6 +26,7 @@ AdapterName = Literal[
     "ce_ssl",
     "ia3",
     "bias_only",
+    "none",
 ]
 LINEAR = ("**/{q,k,v,o,gate,up,down}_proj/kernel",)
 
@@ -39,10 +41,10 @@ class Method(NamedTuple):
       alpha: of the rank; None: the method has none.
       dropout: whether the method has dropout of its inputs.
       targets: patterns of the weights that are adapted.
-      after: of the number of steps; what follows the optimizer, or None.
+      after: number of steps -> what follows the optimizer, or None: LaMDA freezes rows of B on the way.
     """
 
-    make: Callable[..., adapters.Adapter]
+    make: Callable[..., adapters.Adapter | TrainedWeights]
     lr: float
     rank: int | None = 16
     alpha: Callable[[int], float] | None = lambda rank: 2.0 * rank
@@ -60,7 +62,7 @@ class Settings(NamedTuple):
     lr: float
 
 
-def _plain(factory: Callable[..., adapters.Adapter], **fixed: Any) -> Callable[..., adapters.Adapter]:
+def _plain(factory: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
     """Returns the factory as a function of the params too, which it does not need."""
     return lambda params, **settings: factory(**settings, **fixed)
 
@@ -100,6 +102,7 @@ METHODS: dict[str, Method] = {
     "ce_ssl": Method(_plain(adapters.ce_ssl), 2e-3),
     "ia3": Method(_ia3, 1e-2, rank=None, alpha=None, targets=("**/{k,v,down}_proj/kernel",)),
     "bias_only": Method(_bias_only, 3e-3, rank=None, alpha=None),
+    "none": Method(_plain(TrainedWeights), 1e-4, rank=None, alpha=None, targets=("**",)),
 }
 
 
@@ -133,7 +136,7 @@ def complete(
     return Settings(rank, alpha, patterns, method.lr if lr is None else lr)
 
 
-def make_adapter(name: str, params: Any, settings: Settings, dropout: float = 0.0) -> adapters.Adapter:
+def make_adapter(name: str, params: Any, settings: Settings, dropout: float = 0.0) -> adapters.Adapter | TrainedWeights:
     """Makes an adapter.
 
     Args:
@@ -151,12 +154,6 @@ def make_adapter(name: str, params: Any, settings: Settings, dropout: float = 0.
     given = {"rank": settings.rank, "alpha": settings.alpha, "dropout": dropout if method.dropout else None}
     known = {setting: value for setting, value in given.items() if value is not None}
     return method.make(params, targets=settings.targets, **known)
-
-
-def with_schedule(name: str, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer followed by what the method does to its updates: LaMDA freezes rows of B on the way."""
-    after = _method(name).after
-    return tx if after is None else optax.chain(tx, after(steps))
 
 
 def _method(name: str) -> Method:

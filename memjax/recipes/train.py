@@ -11,6 +11,7 @@ import optax
 
 from memjax.core.paths import leaf_paths
 from memjax.core.roles import check_trained
+from memjax.optim import apply_updates_stochastic
 
 Schedule = Literal["constant", "linear", "cosine"]
 # (theta, frozen, batch, key) -> (weighted sum of losses, sum of weights), float32 scalars
@@ -29,9 +30,49 @@ class Metrics(NamedTuple):
     """What a step reports."""
 
     loss: jax.Array  # float32 scalar, mean over the batch in nats, before the update
-    grad_norm: jax.Array  # float32 scalar, of all gradients before clipping
+    grad_norm: jax.Array | None  # float32 scalar, of all gradients before clipping; None where they never all exist
     tokens: jax.Array  # float32 scalar, sum of the weights of the targets
     finite: Any  # a bool scalar per leaf of theta: its gradient is finite
+
+
+class Training(NamedTuple):
+    """How a run trains: what the optimizer's state starts as, and the step.
+
+    Attributes:
+      init: theta -> the optimizer's state.
+      step: jitted ``(state, frozen, batch) -> (state, Metrics)``; the state is donated.
+    """
+
+    init: Callable[[Any], Any]
+    step: jax.stages.Wrapped
+
+
+def make_schedule(lr: float, steps: int, *, schedule: Schedule = "constant", warmup: int = 0) -> optax.Schedule:
+    """Returns the learning rate by the number of steps done.
+
+    Args:
+      lr: highest learning rate.
+      steps: length of the run; ``linear`` and ``cosine`` reach zero there.
+      schedule: what follows the warm-up.
+      warmup: steps over which the rate rises linearly from zero; step 0 already has ``lr / warmup``.
+
+    Raises:
+      ValueError: numbers out of range, or an unknown schedule.
+    """
+    if lr <= 0 or steps < 1 or not 0 <= warmup < steps:
+        raise ValueError(f"expected lr > 0, steps >= 1 and 0 <= warmup < steps; got {lr=}, {steps=}, {warmup=}")
+    decays = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, 0.0, steps - warmup),
+        "cosine": optax.cosine_decay_schedule(lr, steps - warmup),
+    }
+    if schedule not in decays:
+        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(decays)}")
+    if not warmup:
+        return decays[schedule]
+    # The ramp is shifted by one step, because a step at rate 0 would learn nothing.
+    ramp = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, decays[schedule]], [warmup])
 
 
 def make_optimizer(
@@ -46,37 +87,21 @@ def make_optimizer(
     """AdamW under a learning-rate schedule, after clipping by the global norm.
 
     Args:
-      lr: highest learning rate.
-      steps: length of the run; ``linear`` and ``cosine`` reach zero there.
-      schedule: what follows the warm-up.
-      warmup: steps over which the rate rises linearly from zero; step 0 already has ``lr / warmup``.
+      lr, steps, schedule, warmup: as in `make_schedule`.
       weight_decay: decoupled weight decay.
       clip: largest global norm of the gradients; None does not clip.
 
     Raises:
       ValueError: numbers out of range, or an unknown schedule.
     """
-    if lr <= 0 or steps < 1 or not 0 <= warmup < steps:
-        raise ValueError(f"expected lr > 0, steps >= 1 and 0 <= warmup < steps; got {lr=}, {steps=}, {warmup=}")
     if clip is not None and clip <= 0:
         raise ValueError(f"clip={clip} must be positive or None")
-    decays = {
-        "constant": optax.constant_schedule(lr),
-        "linear": optax.linear_schedule(lr, 0.0, steps - warmup),
-        "cosine": optax.cosine_decay_schedule(lr, steps - warmup),
-    }
-    if schedule not in decays:
-        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(decays)}")
-    rate = decays[schedule]
-    if warmup:
-        # The ramp is shifted by one step, because a step at rate 0 would learn nothing.
-        ramp = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
-        rate = optax.join_schedules([ramp, rate], [warmup])
+    rate = make_schedule(lr, steps, schedule=schedule, warmup=warmup)
     clipping = [] if clip is None else [optax.clip_by_global_norm(clip)]
     return optax.chain(*clipping, optax.adamw(rate, weight_decay=weight_decay))
 
 
-def init_state(theta: Any, tx: optax.GradientTransformation) -> TrainState:
+def init_state(theta: Any, tx: optax.GradientTransformation | Training) -> TrainState:
     """Returns the state before the first step.
 
     Raises:
@@ -94,8 +119,8 @@ def make_step(
     The loss is the sum of ``loss_fn``'s losses over the sum of its weights, over the whole batch:
     accumulating over microbatches gives the big batch's gradient also when they hold different numbers of
     targets. The scan over microbatches holds one sum of gradients and runs forward and backward once per
-    microbatch. When a gradient or the loss is not finite, the step leaves theta and the optimizer's state as
-    they were, and says so in its metrics.
+    microbatch. Leaves of theta that are bfloat16 are rounded stochastically. When a gradient or the loss is not
+    finite, the step leaves theta and the optimizer's state as they were, and says so in its metrics.
 
     Args:
       loss_fn: ``(theta, frozen, batch, key) -> (sum of losses, sum of weights)``; pure.
@@ -138,7 +163,7 @@ def make_step(
         finite = jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
         good = jnp.stack([jnp.isfinite(loss), *jax.tree.leaves(finite)]).all()
         updates, opt_state = tx.update(grads, state.opt_state, state.theta)
-        theta = optax.apply_updates(state.theta, updates)
+        theta = apply_updates_stochastic(state.theta, updates, jax.random.fold_in(key, accumulate))
         new = TrainState(theta, opt_state, state.step + 1)
         new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
         return new, Metrics(loss, optax.tree.norm(grads), count, finite)

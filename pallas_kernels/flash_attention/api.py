@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import blockwise, reference
+from pallas_kernels.codec.api import Implementation, runs_kernel
+from pallas_kernels.flash_attention import backward, blockwise, kernel, reference
 from pallas_kernels.flash_attention.lists import BlockList, Elements
 from pallas_kernels.flash_attention.scores import Reduce, ScoreMod
+from pallas_kernels.linear_cross_entropy.api import multiprocessors
 
-Implementation = Literal["xla", "reference"]
 _MODULES: dict[str | None, Any] = {None: blockwise, "xla": blockwise, "reference": reference}
 
 
@@ -51,20 +52,40 @@ def forward(
       seed: of dropout, as `pallas_kernels._bits.seed_words` takes it.
       pages: int32 ``[B, T / page]``: k and v are pools ``[pages, page, Hk, D]``, and key block j of batch b is page
         ``pages[b, j]``; keys per block are those of a page.
-      implementation: ``"xla"`` (a tile of scores at a time), ``"reference"`` (S x T scores); None takes XLA.
+      implementation: ``"mosaic_gpu"`` (Hopper; lists of 128 queries, the last block of keys partial if T does not fill
+        it), ``"xla"`` (a tile of scores at a time), ``"reference"`` (S x T scores); None takes the kernel on a Hopper
+        GPU where it can run, else XLA.
 
     Returns:
       ``[B, S, H, Dv]`` in the dtype of ``q``, 0 in rows with no keys, and float32 ``[B, S, H]``, the sink included and
       -inf in rows with neither keys nor sink.
 
     Raises:
-      ValueError: operands that do not fit each other.
+      ValueError: operands that do not fit each other, or ``"mosaic_gpu"`` where it cannot run; says why.
     """
     _check(q, k, by_query, blocks, pages, 0, v=v, elements=elements)
     if sink is not None and sink.shape != q.shape[2:3]:
         raise ValueError(f"expected a sink logit per query head, [{q.shape[2]}], got {sink.shape}")
-    module = _module(implementation, dropout, seed)
-    return module.forward(
+    _check_dropout(dropout, seed)
+    reason = kernel.unsupported(q, k, v, blocks=blocks, pages=pages, score_mod=score_mod)
+    if runs_kernel("flash_attention forward", reason, implementation):
+        return kernel.forward(
+            q,
+            k,
+            v,
+            by_query,
+            elements,
+            blocks=blocks,
+            scale=scale,
+            softcap=softcap,
+            score_mod=score_mod,
+            sink=sink,
+            dropout=dropout,
+            seed=seed,
+            pages=pages,
+            multiprocessors=multiprocessors(),
+        )
+    return _MODULES[implementation].forward(
         q,
         k,
         v,
@@ -113,23 +134,14 @@ def query_gradient(
       ValueError: operands that do not fit each other.
     """
     _check(q, k, by_query, blocks, pages, 0, v=v, do=do, lse=lse, delta=delta, elements=elements)
-    return _module(implementation, dropout, seed).query_gradient(
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        by_query,
-        elements,
-        blocks=blocks,
-        scale=scale,
-        softcap=softcap,
-        score_mod=score_mod,
-        dropout=dropout,
-        seed=seed,
-        pages=pages,
-    )
+    _check_dropout(dropout, seed)
+    settings: dict[str, Any] = {"blocks": blocks, "scale": scale, "softcap": softcap, "score_mod": score_mod}
+    settings |= {"dropout": dropout, "seed": seed}
+    reason = backward.backward_unsupported(q, k, v, blocks=blocks, score_mod=score_mod, pages=pages)
+    if runs_kernel("flash_attention query_gradient", reason, implementation):
+        return backward.query_gradient(q, k, v, do, lse, delta, by_query, elements, **settings)
+    module = _MODULES[implementation]
+    return module.query_gradient(q, k, v, do, lse, delta, by_query, elements, pages=pages, **settings)
 
 
 def key_value_gradients(
@@ -163,23 +175,14 @@ def key_value_gradients(
       ValueError: operands that do not fit each other.
     """
     _check(q, k, by_key, blocks, pages, 1, v=v, do=do, lse=lse, delta=delta, elements=elements)
-    return _module(implementation, dropout, seed).key_value_gradients(
-        q,
-        k,
-        v,
-        do,
-        lse,
-        delta,
-        by_key,
-        elements,
-        blocks=blocks,
-        scale=scale,
-        softcap=softcap,
-        score_mod=score_mod,
-        dropout=dropout,
-        seed=seed,
-        pages=pages,
-    )
+    _check_dropout(dropout, seed)
+    settings: dict[str, Any] = {"blocks": blocks, "scale": scale, "softcap": softcap, "score_mod": score_mod}
+    settings |= {"dropout": dropout, "seed": seed}
+    reason = backward.backward_unsupported(q, k, v, blocks=blocks, score_mod=score_mod, pages=pages)
+    if runs_kernel("flash_attention key_value_gradients", reason, implementation):
+        return backward.key_value_gradients(q, k, v, do, lse, delta, by_key, elements, **settings)
+    module = _MODULES[implementation]
+    return module.key_value_gradients(q, k, v, do, lse, delta, by_key, elements, pages=pages, **settings)
 
 
 def column_sums(
@@ -215,7 +218,23 @@ def column_sums(
     _check(q, k, by_key, blocks, pages, 1, lse=lse, elements=elements)
     if reduce not in ("sum", "max", "max_logit"):
         raise ValueError(f"reduce must be 'sum', 'max' or 'max_logit', got {reduce!r}")
-    return _module(implementation).column_sums(
+    reason = kernel.unsupported(q, k, blocks=blocks, pages=pages, score_mod=score_mod, keys_have_lists=True)
+    if runs_kernel("flash_attention column_sums", reason, implementation):
+        return kernel.column_sums(
+            q,
+            k,
+            lse,
+            by_key,
+            elements,
+            blocks=blocks,
+            scale=scale,
+            softcap=softcap,
+            score_mod=score_mod,
+            pages=pages,
+            reduce=reduce,
+            multiprocessors=multiprocessors(),
+        )
+    return _MODULES[implementation].column_sums(
         q,
         k,
         lse,
@@ -250,14 +269,11 @@ def merge(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array
     return joined.astype(jnp.promote_types(out.dtype, other.dtype)), joined_lse
 
 
-def _module(implementation: str | None, dropout: float = 0.0, seed: Any = None) -> Any:
-    if implementation not in _MODULES:
-        raise ValueError(f"implementation must be 'xla', 'reference' or None, got {implementation!r}")
+def _check_dropout(dropout: float, seed: Any) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
     if dropout and seed is None:
         raise ValueError(f"dropout={dropout} needs a seed")
-    return _MODULES[implementation]
 
 
 def _check(

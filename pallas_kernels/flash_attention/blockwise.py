@@ -117,7 +117,10 @@ class _Operands:
         s = jnp.einsum("bhgqd,bhkd->bhgqk", q, k, preferred_element_type=jnp.float32) * self.scale
         derivative = None
         if self.softcap is not None or self.score_mod is not None:
-            s, derivative = slope(s, self.softcap, self.score_mod, *self.positions(i, j))
+            b, h, q_at, k_at = self.positions(i, j)
+            # Positions that there are not might give NaN, which no mask takes back.
+            q_at, k_at = jnp.minimum(q_at, self.sizes[1] - 1), jnp.minimum(k_at, self.sizes[2] - 1)
+            s, derivative = slope(s, self.softcap, self.score_mod, b, h, q_at, k_at)
         keep = self.takes_part(place, entry)
         return s if keep is None else jnp.where(keep, s, -jnp.inf), derivative
 

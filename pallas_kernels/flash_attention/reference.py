@@ -45,7 +45,7 @@ def table(
     q, k = np.ix_(range(sizes[0]), range(sizes[1]))
     truth: Any = False
     if elements.bits is not None:
-        words = elements.bits[spread(lists.pointer), q % blocks[0] // 32, k % blocks[1]]
+        words = jnp.asarray(elements.bits)[spread(lists.pointer), q % blocks[0] // 32, k % blocks[1]]
         truth = (words >> (q % blocks[0] % 32).astype(np.uint32)) & 1 == 1
     elif elements.test is not None:
         rows = tuple(by_head(x)[..., None] for x in elements.rows)

@@ -251,7 +251,7 @@ def test_forward_mode_and_gradients_of_gradients_need_the_reference():
         return jax.eval_shape(lambda q: jax.jvp(fn, (q,), (q,))[1], q)
 
     with pytest.raises(TypeError, match="custom_vjp"):
-        tangent(lambda q: attend(q, k, v))
+        jax.jvp(lambda q: attend(q, k, v), (q,), (q,))
     with pytest.raises(ValueError, match="Reverse-mode"):
         jax.eval_shape(jax.grad(lambda q: slope(q, "xla").sum()), q)
     for fn in (functools.partial(slope, how="reference"), lambda q: attend(q, k, v, implementation="reference")):

@@ -152,10 +152,10 @@ SAMPLED_TAILS = ((1, 65), (129, 63))
     "s, t", [pytest.param(*c, marks=() if c in SAMPLED_TAILS else pytest.mark.slow) for c in TAILS]
 )
 def test_tails(s, t):
-    """A mask by rule, causal to the last key; with full and partial blocks, and keys that end within a block."""
+    """A mask by rule, a window that ends 20 keys back; it holds for keys beyond T, which take no part."""
     blocks = (32, 64)
-    rule = Elements(test=lambda q, k, rows, columns, flags: k <= q + (t - s))
-    mask = (np.arange(t) <= np.arange(s)[:, None] + t - s)[None, None]
+    rule = Elements(test=lambda q, k, rows, columns, flags: k >= q + (t - s - 20))
+    mask = (np.arange(t) >= np.arange(s)[:, None] + t - s - 20)[None, None]
     q, k, v, do = operands(1, s, t, 4, 1, 8, 8)
     dlse = array(8, 1, s, 4)
     parts = summary(mask, blocks, rule)
@@ -298,3 +298,19 @@ def test_operands_that_do_not_fit():
         run(q, k, v, implementation="triton")
     with pytest.raises(ValueError, match="expected lse"):
         flash.column_sums(q, k, jnp.zeros((1, 4, 32)), by_query, elements, blocks=(32, 32), scale=1.0)
+
+
+def test_a_score_mod_is_not_asked_about_positions_that_there_are_not():
+    """Where it would be NaN, which no mask takes back."""
+    sizes = (17, 21)
+
+    def rule(s, b, h, q, k):
+        return s + jnp.log((sizes[0] - q) * (sizes[1] - k).astype(jnp.float32))
+
+    args = operands(1, *sizes, 2, 2, 16, 16)
+    blocks = (32, 16)
+    mask = random_mask(1, 1, *sizes, blocks)
+    dlse = array(9, 1, sizes[0], 2)
+    parts = summary(mask, blocks)
+    found = everything("xla", *args, dlse, None, parts, ("sum",), blocks=blocks, scale=0.3, score_mod=rule)
+    assert all(np.isfinite(np.where(x == -jnp.inf, 0, x)).all() for x in found)

@@ -1,0 +1,175 @@
+"""What a fine-tuning run does: every choice by name, from the command line or a TOML file, and checked together."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from memjax import remat
+from memjax.recipes.data import TooLong
+from memjax.recipes.formats import Format
+from memjax.recipes.methods import AdapterName, complete
+from memjax.recipes.optimizers import OPTIMIZERS, OptimizerName, every_weight
+from memjax.recipes.train import Schedule
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+# Settings that may change on resume: they say where things are and how often, and change no number.
+FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens", "temperature")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """What a fine-tuning run does.
+
+    Attributes:
+      model: smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name.
+      data: .txt, .jsonl (prompt and completion, or messages), or kjv (packaged).
+      adapter: the method; none: the weights themselves are trained.
+      rank: rank of the adapter; by default the method's (lora: 16), as for alpha, targets and lr.
+      alpha: scale of the adapter times its rank (lora: twice the rank).
+      targets: patterns of the weights that are adapted (lora: all linear layers), or trained (none: all weights).
+      dropout: on the adapter's input.
+      format: how the frozen weights are held: as in the file, dense, or the targets encoded (the rest as in the file).
+      group: weights per scale of encoded weights.
+      dtype: of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU. Trained weights that are
+        bfloat16 are rounded stochastically.
+      batch: sequences per step.
+      seq: tokens per sequence.
+      accumulate: microbatches that the batch is divided into.
+      steps: training steps.
+      optimizer: badam and lisa train a few layers at a time; mezo does without a backward pass.
+      density: part of a matrix that has moments (micro_adam: 0.01), or its rank over its smaller side (galore and its
+        kin); 0.25 where none is given.
+      update_gap: steps between changes of that part, or of the trained layers.
+      fused: update every layer while its gradient exists, so that all gradients never do.
+      lr: highest learning rate (lora with adamw: 2e-3).
+      schedule: of the learning rate after the warm-up.
+      warmup: steps of linear warm-up.
+      weight_decay: decoupled weight decay.
+      clip: largest global norm of the gradients; None does not clip. badam, lisa and mezo never do.
+      remat: what is kept of each layer for the backward pass: none: all; full: its input; linear: and what linear
+        layers give; dots: and matrix products; 8bit, 4bit, 2bit: all, packed; full-8bit, linear-8bit and the like:
+        the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
+      chunk: tokens whose logits exist at a time, as numbers.
+      held_out: fraction of the data, at its end, that is held out.
+      eval_windows: sequences of held-out data that are evaluated.
+      eval_every: also evaluate every so many steps; 0: only before and after.
+      too_long: documents longer than seq: error, cut or drop.
+      seed: of the order of the data, the adapter, dropout and the optimizer.
+      save_every: steps between checkpoints; 0: only at the end.
+      keep: checkpoints that are kept.
+      resume: folder of a run to go on with; every setting is taken from the run, --model too.
+      out: folder for results; by default runs/MODEL-ADAPTER.
+      prompt: start of the samples; by default the start of the held-out data.
+      sample_tokens: tokens of each sample.
+      temperature: of the samples; 0 takes the most probable token.
+    """
+
+    model: str
+    data: str = "kjv"
+    adapter: AdapterName = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    format: Format = "keep"
+    group: int = 64
+    dtype: Dtype = "auto"
+    batch: int = 2
+    seq: int = 128
+    accumulate: int = 1
+    steps: int = 50
+    optimizer: OptimizerName = "adamw"
+    density: float | None = None
+    update_gap: int | None = None
+    fused: bool = False
+    lr: float | None = None
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    remat: remat.Name = "full"
+    chunk: int = 512
+    held_out: float = 0.1
+    eval_windows: int = 32
+    eval_every: int = 25
+    too_long: TooLong = "error"
+    seed: int = 0
+    save_every: int = 25
+    keep: int = 2
+    resume: str | None = None
+    out: str | None = None
+    prompt: str | None = None
+    sample_tokens: int = 40
+    temperature: float = 0.7
+
+
+def checked(settings: FinetuneSettings) -> FinetuneSettings:
+    """Returns the settings with the method's own where none are given.
+
+    Raises:
+      ValueError: numbers out of range, or choices that contradict each other; says which.
+    """
+    for name in ("steps", "eval_windows", "sample_tokens"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
+    if settings.resume and settings.out and Path(settings.out) != Path(settings.resume):
+        raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
+    if settings.accumulate < 1 or settings.batch % settings.accumulate:
+        raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
+    remat.parse(settings.remat)
+    if settings.optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {settings.optimizer!r}; known are {', '.join(OPTIMIZERS)}")
+    optimizer = OPTIMIZERS[settings.optimizer]
+    for name in ("density", "update_gap"):
+        if getattr(settings, name) is not None and name not in optimizer.settings:
+            raise ValueError(f"{settings.optimizer} has no {name}; leave {name}={getattr(settings, name)} out")
+    layerwise = "fused" if settings.fused else settings.optimizer if optimizer.kind == "blocks" else None
+    if layerwise and not every_weight(settings):
+        raise ValueError(
+            f"{layerwise} goes through the layers of a model whose weights are all trained, as with adapter=none; got "
+            f"adapter={settings.adapter}, targets={settings.targets}"
+        )
+    if settings.fused and optimizer.kind != "gradients":
+        raise ValueError(f"{settings.optimizer} has a step of its own; fused cannot be given too")
+    if settings.accumulate > 1 and (layerwise or optimizer.kind != "gradients"):
+        raise ValueError(
+            f"{layerwise or settings.optimizer} keeps no sum of gradients; leave accumulate={settings.accumulate} out"
+        )
+    if settings.dropout and optimizer.kind == "passes":
+        raise ValueError(
+            f"{settings.optimizer} compares two passes, and dropout would differ; leave dropout={settings.dropout} out"
+        )
+    chosen = complete(
+        settings.adapter, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, lr=settings.lr
+    )
+    lr = chosen.lr * optimizer.rate if settings.lr is None else settings.lr
+    return dataclasses.replace(settings, **chosen._replace(lr=lr)._asdict())
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Returns the settings in a TOML file, for `FinetuneSettings`.
+
+    Raises:
+      ValueError: no such file, no TOML, or a name that is no setting.
+    """
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read settings from {path}: {error}") from error
+    known = {field.name for field in dataclasses.fields(FinetuneSettings)}
+    if unknown := [name for name in found if name.replace("-", "_") not in known]:
+        raise ValueError(f"{path}: no settings of a run: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    settings = {name.replace("-", "_"): value for name, value in found.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def concrete(dtype: Dtype) -> str:
+    """Returns the dtype that "auto" stands for on this machine; others as they are."""
+    if dtype == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dtype

@@ -1,0 +1,151 @@
+"""Optimizers by name: each trains a tiny model, contradictions are named, settings come from TOML."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from memjax import codecs, models, optim
+from memjax.recipes import cli, data
+from memjax.recipes.checkpoint import read_metrics
+from memjax.recipes.finetuning import finetune, make_loss, make_parts
+from memjax.recipes.methods import Settings, make_adapter
+from memjax.recipes.optimizers import OPTIMIZERS, make_training
+from memjax.recipes.settings import FinetuneSettings, checked, read_toml
+from memjax.recipes.train import check_finite, init_state
+
+QUIET = Console(quiet=True)
+IN_CI = ("frugal", "badam", "mezo", "adamw8bit")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model, text_file):
+    model = models.load(tiny_model, dtype="float32")
+    windows, _ = data.load(text_file, model.tokenizer, 16)
+    return model, data.Loader(windows, 4, 0)
+
+
+def train(tiny, steps=12, **choices):
+    """Returns the losses of a run, its state at the end, and the step."""
+    settings = checked(FinetuneSettings(model="tiny", seq=16, batch=4, steps=steps, **choices))
+    model, loader = tiny
+    if settings.dtype == "bfloat16":
+        model = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
+    chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
+    adapter = make_adapter(settings.adapter, model.params, chosen)
+    started = adapter.prepare(*([] if settings.adapter == "none" else [jax.random.key(0)]), model.params)
+    frozen, theta = started
+    loss = make_loss(model, adapter, settings, dropout=False)
+    training = make_training(settings, loss, make_parts(model, settings), model.config.num_layers)
+    state, losses = init_state(jax.tree.map(jnp.copy, theta), training), []
+    for i in range(steps):
+        state, metrics = training.step(state, frozen, loader.batch_at(i))
+        check_finite(jax.device_get(metrics), i)
+        losses.append(float(metrics.loss))
+    return np.array(losses), state, settings
+
+
+TRAIN = [name for name in OPTIMIZERS if name != "q_galore"]  # whose groups are larger than this model's matrices
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in IN_CI)) for n in TRAIN])
+def test_every_optimizer_trains_the_weights(tiny, name):
+    lr = {"mezo": 1e-3, "lion8bit": 1e-3}.get(name, 3e-3)
+    losses, state, settings = train(tiny, 24, adapter="none", optimizer=name, lr=lr)
+    assert losses[-4:].mean() < losses[:4].mean() - (0.001 if name == "mezo" else 0.1)
+    assert int(state.step) == 24 and settings.lr == lr
+
+
+@pytest.mark.parametrize("name", ["mezo", "frugal"])
+def test_optimizers_train_adapters_too(tiny, name):
+    losses, _, settings = train(tiny, 24, adapter="lora", rank=4, optimizer=name)
+    assert losses[-4:].mean() < losses[:4].mean() - (0.0001 if name == "mezo" else 0.05)
+    assert settings.lr == pytest.approx(2e-3 * OPTIMIZERS[name].rate)
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("linear", marks=pytest.mark.slow)])
+def test_updating_layer_by_layer_is_updating_at_once(tiny, remat):
+    choices = {"adapter": "none", "lr": 3e-3, "clip": 0.5, "weight_decay": 0.01, "remat": remat}
+    whole, state, _ = train(tiny, 6, **choices)
+    fused, fused_state, _ = train(tiny, 6, fused=True, **choices)
+    np.testing.assert_allclose(fused, whole, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(fused_state.theta), jax.tree.leaves(state.theta), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bfloat16_weights_move_by_less_than_they_can_hold(tiny, fused):
+    """Rounded to nearest, steps of a 2000th of a weight would all be lost."""
+    choices = {"adapter": "none", "dtype": "bfloat16", "lr": 1e-5, "fused": fused}
+    _, state, _ = train(tiny, 24, **choices)
+    start = tiny[0].params["layers"]["mlp"]["up_proj"]["kernel"].astype(jnp.bfloat16)
+    end = state.theta["layers"]["mlp"]["up_proj"]["kernel"]
+    assert end.dtype == jnp.bfloat16
+    moved = np.asarray(end != start).mean()
+    assert 0.01 < moved < 0.9
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+
+
+def test_a_run_of_all_weights_writes_a_model(tiny_model, text_file, tmp_path):
+    settings = FinetuneSettings(
+        model=str(tiny_model), data=str(text_file), out=str(tmp_path / "run"), adapter="none", optimizer="frugal",
+        fused=True, density=0.5, lr=3e-3, batch=4, seq=16, steps=8, eval_windows=2, sample_tokens=2, eval_every=0,
+    )  # fmt: skip
+    result = finetune(settings, QUIET)
+    assert result.after.nll < result.before.nll
+    written = models.load(tmp_path / "run" / "model", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, written.params, result.theta)
+    rows = {row.category: row for row in result.report.rows}
+    assert rows["packed weights"].formula_bytes == rows["dense weights"].formula_bytes == 0
+    state = optim.init_bytes(optim.frugal(1e-3, density=0.5), result.theta)
+    assert rows["optimizer state"].formula_bytes == pytest.approx(state, abs=64)
+    assert all("grad_norm" in row for row in read_metrics(result.out / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'; known are adamw"),
+        ({"density": 0.1}, "adamw has no density"),
+        ({"optimizer": "badam"}, "badam goes through the layers .* adapter=lora"),
+        ({"fused": True, "adapter": "none", "targets": ("**/kernel",)}, "fused goes through .*kernel"),
+        ({"fused": True, "adapter": "none", "optimizer": "mezo"}, "mezo has a step of its own"),
+        ({"fused": True, "adapter": "none", "accumulate": 2}, "fused keeps no sum of gradients"),
+        ({"optimizer": "mezo", "dropout": 0.1}, "dropout would differ"),
+        ({"adapter": "none", "rank": 4}, "none has no rank"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_named(choices, message):
+    with pytest.raises(ValueError, match=message):
+        checked(FinetuneSettings(model="tiny", **choices))
+
+
+def test_packed_weights_are_not_trained_and_some_weights_may_be(tiny):
+    model = models.load(tiny[0].name, dtype="float32", weights=codecs.int8(group=16))
+    with pytest.raises(TypeError, match=r"layers/.*kernel: a weight view .* cannot be trained"):
+        make_adapter("none", model.params, Settings(None, None, ("**",), 1e-3)).prepare(model.params)
+    adapter = make_adapter("none", model.params, Settings(None, None, ("**/scale",), 1e-3))
+    frozen, theta = adapter.prepare(model.params)
+    assert len(jax.tree.leaves(theta)) == 3
+    jax.tree.map(np.testing.assert_array_equal, adapter.attach(frozen, theta), model.params)
+
+
+def test_settings_come_from_toml_and_the_command_line_goes_before(tiny_model, text_file, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'model = "{tiny_model}"\ndata = "{text_file}"\nadapter = "none"\noptimizer = "adamw8bit"\nlr = 1e-3\n'
+        f'seq = 16\nsteps = 9\neval-windows = 2\nsample_tokens = 2\nout = "{tmp_path / "run"}"\n'
+    )
+    assert read_toml(file)["eval_windows"] == 2
+    cli.main(["finetune", "--config", str(file), "--steps", "2"])
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+    capsys.readouterr()
+    for text, message in (("ranks = 3", "no settings of a run: ranks"), ("rank = ", "cannot read settings from")):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            cli.main(["finetune", f"--config={file}"])
+        assert message in capsys.readouterr().err.replace("\n", " ")
