@@ -1,5 +1,8 @@
 """Attention with a table of S x T scores, and values with gradients, for tests."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +40,12 @@ def same(fn, expected, *args, tolerance=2e-5):
     for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
         np.testing.assert_allclose(a, b, tolerance, tolerance)
     return pair[0]
+
+
+def shapes_of(fn, *args):
+    """Returns the sizes of all arrays in the program of a function."""
+    text = str(jax.make_jaxpr(fn)(*args))
+    return {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)}
 
 
 def causal(s, t):

@@ -97,7 +97,7 @@ def test_strip_attention_without_stride_is_multi_head_attention():
     q, k, v = (jnp.tensordot(tokens, w, 1) for w in params[:3])
     heads = jax.nn.dot_product_attention(q, k, v)
     expected = jnp.einsum("bnhd,hdc->bnc", heads, params.out).reshape(x.shape)
-    np.testing.assert_allclose(strip_attention(params, x), expected, 1e-5, 1e-6)
+    np.testing.assert_allclose(jax.jit(strip_attention)(params, x), expected, 1e-5, 1e-6)
 
 
 N, M, HEADS, DEGREES = 3, 5, 2, (3, 2, 1)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.attention import attend, masks, moba_attention
+from memjax.attention import moba_attention
 from memjax.attention.moba import moba_chunks
-from tests.attention.naive import causal, naive, operands, same
+from tests.attention.naive import causal, naive, operands, same, shapes_of
 
 
 def table(q, k, chunk, top_k):
@@ -23,21 +23,31 @@ def table(q, k, chunk, top_k):
     return found & causal(s, t)
 
 
-@pytest.mark.parametrize("s,t,chunk,top_k,blocks", [(48, 48, 8, 3, (16, 8)), (30, 41, 16, 2, None)])
-def test_naive_reference(s, t, chunk, top_k, blocks):
+CASES = [(48, 48, 8, 3, (16, 8), "xla"), (30, 41, 16, 2, None, "reference")]
+
+
+@pytest.mark.parametrize("s,t,chunk,top_k,blocks,how", CASES)
+def test_naive_reference(s, t, chunk, top_k, blocks, how):
     q, k, v = operands(s, t)
     shown = table(q, k, chunk, top_k)
-    moba = lambda *a: moba_attention(*a, chunk=chunk, top_k=top_k, blocks=blocks)  # noqa: E731
+    moba = lambda *a: moba_attention(*a, chunk=chunk, top_k=top_k, blocks=blocks, implementation=how)  # noqa: E731
     same(moba, lambda *a: naive(*a, shown), q, k, v)
 
 
 def test_all_chunks_are_causal_attention_and_rows_are_chosen_in_tiles(monkeypatch):
     q, k, v = operands(40)
-    found = moba_attention(q, k, v, chunk=8, top_k=5, blocks=(16, 8))
-    np.testing.assert_allclose(found, attend(q, k, v, mask=masks.causal(), blocks=(16, 8)), 1e-6, 1e-6)
+    moba = jax.jit(lambda *a: moba_attention(*a, chunk=8, top_k=5, blocks=(16, 8)))
+    np.testing.assert_allclose(moba(q, k, v), naive(q, k, v, causal(40, 40)), 1e-5, 1e-5)
     whole = moba_chunks(q, k, chunk=8, top_k=2)
     monkeypatch.setattr("memjax.attention.select._ROWS", 16)
     assert (moba_chunks(q, k, chunk=8, top_k=2) == whole).all()
+
+
+def test_no_program_holds_all_scores():
+    s = 16384
+    shapes = [jax.ShapeDtypeStruct((1, s, n, 64), jnp.bfloat16) for n in (2, 1, 1)]
+    fn = jax.grad(lambda *a: moba_attention(*a, chunk=512).astype(jnp.float32).sum(), (0, 1, 2))
+    assert max(shapes_of(fn, *shapes)) < s * s / 100
 
 
 def test_no_gradient_flows_through_the_gate():

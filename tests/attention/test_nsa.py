@@ -1,13 +1,15 @@
 """NSA: three gated branches against a naive reference, and which blocks are selected."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.attention import attend, masks, nsa_attention, nsa_init
+from memjax.attention import nsa_attention, nsa_init
 from memjax.attention.nsa import nsa_blocks
-from tests.attention.naive import causal, naive, operands, same, weights
+from tests.attention.naive import causal, naive, operands, same, shapes_of, weights
 from tests.random_views import array
 
 SIZES = {"stride": 4, "block": 16, "top_n": 4, "window": 9}
@@ -58,7 +60,7 @@ def test_naive_reference(s, t):
         gates = jax.nn.sigmoid(jnp.einsum("bsc,chn->bshn", x, params.gate) + params.gate_bias)
         return sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
 
-    fn = lambda *a: nsa_attention(*a, **SIZES, blocks=(32, 16))  # noqa: E731
+    fn = lambda *a: nsa_attention(*a, **SIZES, blocks=(32, 16), implementation="reference")  # noqa: E731
     _, gradients = same(fn, expected, params, x, q, k, v, tolerance=1e-4)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
 
@@ -66,16 +68,29 @@ def test_naive_reference(s, t):
 def test_all_blocks_and_a_wide_window_are_causal_attention():
     q, k, v = operands(24, 24)
     params = parameters()._replace(gate=jnp.zeros((C, 4, 3)), gate_bias=jnp.asarray([[-99.0, 0, 0]] * 4))
-    out = nsa_attention(params, jnp.zeros((2, 24, C)), q, k, v, stride=4, block=16, top_n=4, window=24)
-    np.testing.assert_allclose(out, attend(q, k, v, mask=masks.causal()), 1e-5, 1e-5)
-    short = nsa_attention(params, jnp.zeros((2, 5, C)), q[:, :5], k[:, :5], v[:, :5], stride=4, block=16, window=5)
-    np.testing.assert_allclose(short, out[:, :5], 1e-5, 1e-5)
+    fn = jax.jit(functools.partial(nsa_attention, stride=4, block=16, top_n=4, window=24))
+    out = fn(params, jnp.zeros((2, 24, C)), q, k, v)
+    np.testing.assert_allclose(out, naive(q, k, v, causal(24, 24)), 1e-5, 1e-5)
+    short = functools.partial(nsa_attention, stride=4, block=16, window=5, implementation="reference")
+    found = jax.jit(short)(params, jnp.zeros((2, 5, C)), q[:, :5], k[:, :5], v[:, :5])
+    np.testing.assert_allclose(found, out[:, :5], 1e-5, 1e-5)
     with pytest.raises(ValueError, match="must divide"):
         nsa_attention(params, jnp.zeros((2, 24, C)), q, k, v, stride=3)
+
+
+def test_no_program_holds_all_scores():
+    s = 16384
+    q, k, v, x = (jax.ShapeDtypeStruct((1, s, *n), jnp.bfloat16) for n in ((2, 64), (1, 64), (1, 64), (64,)))
+    params = jax.eval_shape(lambda: nsa_init(jax.random.key(0), features=64, heads=2, dim=64))
+    fn = jax.grad(lambda *a: nsa_attention(*a).astype(jnp.float32).sum(), tuple(range(5)))
+    assert max(shapes_of(fn, params, x, q, k, v)) < s * s / 100
 
 
 def test_heads_of_a_group_share_what_attends_most():
     small = jnp.zeros((1, 15, 1, 4)).at[0, 9, 0].set(9.0)
     q = jnp.stack([jnp.ones((64, 4)), -jnp.ones((64, 4)) * 0.1], 1)[None]
-    chosen = nsa_blocks(q, small, 64, length=8, stride=4, block=8, top_n=3, always=(1, 1), scale=1.0)
+    select = jax.jit(
+        functools.partial(nsa_blocks, length=8, stride=4, block=8, top_n=3, always=(1, 1), scale=1.0), static_argnums=2
+    )
+    chosen = select(q, small, 64)
     assert chosen.shape == (1, 1, 64, 3) and set(np.asarray(chosen)[0, 0, 63].tolist()) == {0, 7, 4}

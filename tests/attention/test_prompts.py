@@ -38,8 +38,14 @@ def test_vertical_slash_is_what_the_last_queries_attend_to():
             table[0, h] |= passed.repeat(16, 0).repeat(8, 1)
     table &= causal(s, t)
     assert (np.asarray(mask.table(s, t)) == table).all() and table.any(-1).all()
-    same(lambda *a: attend(*a, mask=mask, blocks=size), lambda *a: naive(*a, table), q, k, v)
-    whole = vertical_slash(q, k, 99, 99, size=size)
+    same(
+        lambda *a: attend(*a, mask=mask, blocks=size, implementation="reference"),
+        lambda *a: naive(*a, table),
+        q,
+        k,
+        v,
+    )
+    whole = jax.jit(lambda q, k: vertical_slash(q, k, 99, 99, size=size))(q, k)
     assert (np.asarray(whole.table(s, t)) == causal(s, t)).all()
 
 
@@ -55,7 +61,8 @@ def test_each_head_gets_the_pattern_that_keeps_most_at_equal_cost():
     q[:, 1, 4:] = 9  # two keys, wherever the query is
     q, k = (jnp.asarray(x, jnp.float32)[None] for x in (q, k[:, None]))
     a_shape = (masks.sink(1) | masks.window(7, 0)) & masks.causal()
-    chosen, kept = choose_pattern(q, k, [a_shape, masks.columns([5, 21]) & masks.causal()], blocks=size)
+    patterns = [a_shape, masks.columns([5, 21]) & masks.causal()]
+    chosen, kept = jax.jit(lambda q, k: choose_pattern(q, k, patterns, blocks=size))(q, k)
     assert chosen.tolist() == [0, 1] and (kept[[0, 1], [0, 1]] > 0.5).all()
     mask = masks.heads([a_shape, vertical_slash(q, k, 2, 1, size=size)], chosen)
     table = np.asarray(mask.table(s, s))
