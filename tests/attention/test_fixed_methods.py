@@ -35,10 +35,10 @@ def test_linformer():
         return naive(q, k, v, np.ones((12, 6), bool))
 
     same(linformer_attention, expected, q, k, v, E, F)
-    dense = naive(q, k, v, np.ones((12, 20), bool))
+    dense = jax.jit(naive)(q, k, v, np.ones((12, 20), bool))
     basis = jnp.linalg.qr(array(7, 20, 20))[0]
     ranks = [jnp.eye(20), basis[:, :4], basis[:, :12]]
-    run = lambda m: linformer_attention(q, k, v, m, m, implementation="reference")  # noqa: E731
+    run = jax.jit(lambda m: linformer_attention(q, k, v, m, m, implementation="reference"))
     equal, *errors = [float(jnp.linalg.norm(run(m) - dense)) for m in ranks]
     assert equal < 1e-4 < errors[1] < errors[0]
     E, F = linformer_init(jax.random.key(0), 24, 16)
@@ -55,7 +55,7 @@ def test_alisa_keeps_the_window_and_the_heaviest_keys():
     choose = jax.jit(functools.partial(alisa_mask, local=5, heavy=3), static_argnames="rows")
     for rows in (None, 16):
         mask = choose(q, k, rows=rows)
-        asked = weights(q, k, causal(40, 40))[:, :, 0 if rows is None else -rows :]
+        asked = jax.jit(weights)(q, k, causal(40, 40))[:, :, 0 if rows is None else -rows :]
         sums = np.asarray(asked.sum(2).reshape(2, 2, 2, 40).sum(2))
         heavy = np.zeros((2, 2, 40), bool)
         np.put_along_axis(heavy, np.argsort(-sums)[..., :3], True, -1)
@@ -64,7 +64,7 @@ def test_alisa_keeps_the_window_and_the_heaviest_keys():
         assert (np.asarray(mask.table(40, 40)).repeat(2, 1) == table).all()
     sparse = lambda *a: attend(*a, mask=choose(*a[:2], rows=16), implementation="reference")  # noqa: E731
     same(sparse, lambda *a: naive(*a, table), q, k, v)
-    share = np.asarray(weights(q, k, causal(40, 40)))
+    share = np.asarray(jax.jit(weights)(q, k, causal(40, 40)))
     other = near | np.isin(np.arange(40), (1, 11, 30))
     assert ((share * table).sum((2, 3)) > (share * other).sum((2, 3))).all()
 
@@ -83,7 +83,7 @@ def test_sparge_keeps_the_predicted_mass_and_what_is_unlike_its_mean():
     assert not overflow.any() and not found[..., ~low].any()
     assert found[..., 3][..., 3:].all() and found[:, :, 5, :6].all()  # blocks that are unlike their mean
     assert 0.3 < found[..., low].mean() < 0.9
-    share = np.asarray(weights(3 * q, k, causal(64, 64))) * found.repeat(8, 2).repeat(8, 3)
+    share = np.asarray(jax.jit(weights)(3 * q, k, causal(64, 64))) * found.repeat(8, 2).repeat(8, 3)
     assert (share.sum((2, 3)) / 64 > 0.6).all()
     assert (np.asarray(select(q, k, tau=1.0, theta=-1.0)[0]) == low).all()
     few, overflow = select(q, k, tau=0.9, theta=-1.0, max_blocks=1)

@@ -37,10 +37,11 @@ def test_naive_reference(s, t, chunk, top_k, blocks, how):
 def test_all_chunks_are_causal_attention_and_rows_are_chosen_in_tiles(monkeypatch):
     q, k, v = operands(40)
     moba = jax.jit(lambda *a: moba_attention(*a, chunk=8, top_k=5, blocks=(16, 8)))
-    np.testing.assert_allclose(moba(q, k, v), naive(q, k, v, causal(40, 40)), 1e-5, 1e-5)
-    whole = moba_chunks(q, k, chunk=8, top_k=2)
+    np.testing.assert_allclose(moba(q, k, v), jax.jit(naive)(q, k, v, causal(40, 40)), 1e-5, 1e-5)
+    chunks = lambda: jax.jit(lambda q, k: moba_chunks(q, k, chunk=8, top_k=2))(q, k)  # noqa: E731
+    whole = chunks()
     monkeypatch.setattr("memjax.attention.select._ROWS", 16)
-    assert (moba_chunks(q, k, chunk=8, top_k=2) == whole).all()
+    assert (chunks() == whole).all()
 
 
 def test_no_program_holds_all_scores():
@@ -53,6 +54,6 @@ def test_no_program_holds_all_scores():
 def test_no_gradient_flows_through_the_gate():
     q, k, _ = operands(32)
     gates = lambda q, k: moba_chunks(q, k, chunk=8, top_k=2).astype(jnp.float32).sum()  # noqa: E731
-    assert all((g == 0).all() for g in jax.grad(gates, (0, 1))(q, k))
+    assert all((g == 0).all() for g in jax.jit(jax.grad(gates, (0, 1)))(q, k))
     with pytest.raises(ValueError, match="top_k"):
         moba_attention(q, k, k, chunk=8, top_k=0)

@@ -25,7 +25,7 @@ def test_vertical_slash_is_what_the_last_queries_attend_to():
     s, t, rows, size = 48, 56, 8, (16, 8)
     q, k, v = operands(s, t, b=1)
     mask = jax.jit(lambda q, k: vertical_slash(q, k, 3, 2, size=size, rows=rows))(q, k)
-    share = np.asarray(weights(q, k, causal(s, t)))[:, :, -rows:]
+    share = np.asarray(jax.jit(weights)(q, k, causal(s, t)))[:, :, -rows:]
     distance = np.arange(t - rows, t)[:, None] - np.arange(t)
     slash = np.stack([share[:, :, distance == d].sum(-1) for d in range(t)], -1)
     slash[..., 0] = np.inf
@@ -62,9 +62,14 @@ def test_each_head_gets_the_pattern_that_keeps_most_at_equal_cost():
     q, k = (jnp.asarray(x, jnp.float32)[None] for x in (q, k[:, None]))
     a_shape = (masks.sink(1) | masks.window(7, 0)) & masks.causal()
     patterns = [a_shape, masks.columns([5, 21]) & masks.causal()]
-    chosen, kept = jax.jit(lambda q, k: choose_pattern(q, k, patterns, blocks=size))(q, k)
+
+    @jax.jit
+    def choose(q, k):
+        return choose_pattern(q, k, patterns, blocks=size), vertical_slash(q, k, 2, 1, size=size)
+
+    (chosen, kept), two = choose(q, k)
     assert chosen.tolist() == [0, 1] and (kept[[0, 1], [0, 1]] > 0.5).all()
-    mask = masks.heads([a_shape, vertical_slash(q, k, 2, 1, size=size)], chosen)
+    mask = masks.heads([a_shape, two], chosen)
     table = np.asarray(mask.table(s, s))
     assert table[0, 1, 40:, 5].all() and not table[0, 0, 40:, 5].any()
     with pytest.raises(ValueError, match="at least one"):

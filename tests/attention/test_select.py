@@ -15,13 +15,15 @@ from tests.random_views import array
 
 def test_scores_are_of_means_and_a_last_block_may_be_short():
     q, k, _ = operands(20, 26)
-    scores = block_scores(q, k, blocks=(8, 4), mask=masks.causal())
-    means = [jnp.stack([x[:, i : i + n].mean(1) for i in range(0, x.shape[1], n)], 1) for x, n in ((q, 8), (k, 4))]
-    expected = jnp.einsum("bqhd,bkhd->bhqk", means[0], jnp.repeat(means[1], 2, 2)) / 8**0.5
+    run = jax.jit(block_scores, static_argnames=("blocks", "pool", "scale"))
+    scores = run(q, k, blocks=(8, 4), mask=masks.causal())
+    q, k = np.asarray(q), np.asarray(k)
+    means = [np.stack([x[:, i : i + n].mean(1) for i in range(0, x.shape[1], n)], 1) for x, n in ((q, 8), (k, 4))]
+    expected = np.einsum("bqhd,bkhd->bhqk", means[0], means[1].repeat(2, 2)) / 8**0.5
     seen = np.pad(causal(20, 26), ((0, 4), (0, 2))).reshape(3, 8, 7, 4).any((1, 3))
-    np.testing.assert_allclose(scores, jnp.where(seen, expected, -jnp.inf), 1e-5, 1e-6)
-    best = block_scores(q, k, blocks=(20, 26), pool="max", scale=1.0)
-    expected = jnp.einsum("bhd,bhd->bh", q.max(1), jnp.repeat(k.max(1), 2, 1))
+    np.testing.assert_allclose(scores, np.where(seen, expected, -jnp.inf), 1e-5, 1e-6)
+    best = run(q, k, blocks=(20, 26), pool="max", scale=1.0)
+    expected = np.einsum("bhd,bhd->bh", q.max(1), k.max(1).repeat(2, 1))
     np.testing.assert_allclose(best[..., 0, 0], expected, 1e-5)
     with pytest.raises(ValueError, match="pool must be"):
         block_scores(q, k, blocks=(8, 4), pool="sum")
@@ -29,28 +31,30 @@ def test_scores_are_of_means_and_a_last_block_may_be_short():
 
 def test_topk_takes_the_best_and_what_is_always_taken():
     scores = jnp.asarray([[5.0, 1, 2, 9, 3, 0], [1, 1, 1, 1, -jnp.inf, -jnp.inf], [-jnp.inf] * 6])
-    found = select_topk(scores, 3)
+    choose = jax.jit(select_topk, static_argnums=1, static_argnames="always")
+    found = choose(scores, 3)
     assert np.asarray(found).astype(int).tolist() == [[1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0] * 6]
-    found = select_topk(scores, 4, always=(2, 1))
+    found = choose(scores, 4, always=(2, 1))
     assert np.asarray(found).astype(int).tolist() == [[1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0], [0] * 6]
-    assert (select_topk(scores, 99) == (scores > -jnp.inf)).all()
+    assert (choose(scores, 99) == (scores > -jnp.inf)).all()
     with pytest.raises(ValueError, match="more than k=2"):
         select_topk(scores, 2, always=(2, 1))
 
 
 def test_mass_is_reached_with_the_fewest_blocks_or_overflows():
     scores = array(0, 5, 9).at[3, 4:].set(-jnp.inf).at[4].set(-jnp.inf)
-    found, overflow = jax.jit(select_mass, static_argnums=(1, 2))(scores, 0.8, 9)
+    run = jax.jit(select_mass, static_argnums=(1, 2))
+    found, overflow = run(scores, 0.8, 9)
     share = np.nan_to_num(np.asarray(jax.nn.softmax(scores)))
     for row, chosen in zip(share, np.asarray(found)):
         best = np.sort(row)[::-1]
         assert chosen.sum() == (0 if row.sum() == 0 else 1 + (np.cumsum(best) < 0.8).sum())
         assert row[chosen].sum() >= 0.8 or row.sum() == 0
     assert not overflow.any()
-    found, overflow = select_mass(scores, 0.8, 2)
+    found, overflow = run(scores, 0.8, 2)
     assert (found.sum(-1) <= 2).all()
     assert overflow.tolist() == [bool(0 < np.sort(row)[-2:].sum() < 0.8) for row in share]
-    assert (select_mass(scores, 1.0, 9)[0] == (scores > -jnp.inf)).all()
+    assert (run(scores, 1.0, 9)[0] == (scores > -jnp.inf)).all()
     with pytest.raises(ValueError, match="tau"):
         select_mass(scores, 0.0, 2)
 
@@ -67,7 +71,7 @@ def concentrated(s=128, size=16):
 
 def test_recall_is_the_share_of_weights_and_few_blocks_hold_concentrated_attention():
     q, k = concentrated()
-    shown, table = masks.causal(), np.asarray(weights(q, k, causal(128, 128)))
+    shown, table = masks.causal(), np.asarray(jax.jit(weights)(q, k, causal(128, 128)))
 
     @jax.jit
     def selections(q, k):
@@ -88,16 +92,16 @@ def test_recall_is_the_share_of_weights_and_few_blocks_hold_concentrated_attenti
 
 def test_blocks_of_highest_score_are_a_mask():
     q, k, v = operands(64)
-    choose = functools.partial(block_topk, n=3, size=(16, 16))
-    table = np.asarray(choose(q, k).table(64, 64))
-    scores = np.asarray(block_scores(q, k, blocks=(16, 16)))
+    choose = jax.jit(functools.partial(block_topk, size=(16, 16)), static_argnames="n")
+    table = np.asarray(choose(q, k, n=3).table(64, 64))
+    scores = np.asarray(jax.jit(functools.partial(block_scores, blocks=(16, 16)))(q, k))
     for b, h in np.ndindex(2, 4):
         rows = table[b, h].reshape(4, 16, 4, 16).any((1, 3))
         assert (rows[:3] == np.tri(3, 4, dtype=bool)).all()
         assert set(np.nonzero(rows[3])[0]) == {0, 3, 1 + int(np.argmax(scores[b, h, 3, 1:3]))}
-    few = lambda q, k, v: attend(q, k, v, mask=choose(q, k), blocks=(16, 16))  # noqa: E731
+    few = lambda q, k, v: attend(q, k, v, mask=choose(q, k, n=3), blocks=(16, 16), implementation="reference")  # noqa: E731
     same(few, lambda *a: naive(*a, table), q, k, v)
-    assert (np.asarray(block_topk(q, k, 4, size=(16, 16)).table(64, 64)) == causal(64, 64)).all()
+    assert (np.asarray(choose(q, k, n=4).table(64, 64)) == causal(64, 64)).all()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
