@@ -41,7 +41,7 @@ class BlockMask:
       elements: the truth of elements of partial blocks.
       overflow: bool ``[Bm, Hm, Nq]``: blocks of queries that lost blocks of keys to the capacity, the results of which
         must be NaN. None where none can.
-      S, T: queries (those in ``rows`` where a subset was asked for) and keys.
+      S, T: queries and keys (those in ``rows`` and ``columns`` where subsets were asked for).
       blocks: (bq, bk).
     """
 
@@ -82,6 +82,7 @@ def make_block_mask(
     *,
     blocks: tuple[int, int] = (128, 128),
     rows: Any = None,
+    columns: Any = None,
     capacity: int | tuple[int, int] | None = None,
     overflow: Overflow = "error",
     scores: Any = None,
@@ -98,6 +99,7 @@ def make_block_mask(
       blocks: (bq, bk); bq a multiple of 32 if the mask holds a table finer than blocks.
       rows: int32 ``[R]``: positions of the queries that are asked for, which then are the queries of the result; None
         for all S.
+      columns: int32 ``[C]``: positions of the keys, alike.
       capacity: the most blocks that a list holds: one number for lists by query (lists by key then hold all), or one
         for each side; None leaves room for what a static mask needs and for all blocks of a dynamic one.
       overflow: what happens to blocks beyond the capacity. "error": values that are known raise, others make the
@@ -119,7 +121,7 @@ def make_block_mask(
     if overflow == "dense" and capacity is not None:
         raise ValueError(f"overflow='dense' has room for every block and takes no capacity, got {capacity}")
     leaves = jax.tree.leaves(mask)
-    facts = resolve(mask, S, T, rows, xp=numpy_like(*leaves, rows, scores))
+    facts = resolve(mask, S, T, rows, columns, xp=numpy_like(*leaves, rows, columns, scores))
     if scores is not None:
         facts = _widened(facts, np.shape(scores), sizes)
     full, visit = _classify(facts, sizes)

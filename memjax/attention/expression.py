@@ -318,12 +318,12 @@ class ElementTest:
     Attributes:
       structure: the mask's tree structure.
       sizes: (S, T) of the whole attention.
-      subset: the queries are a subset; their positions are the first fact about them.
+      subset: whether queries, and keys, are a subset; their positions are then the first fact about them.
     """
 
     structure: Any
     sizes: tuple[int, int]
-    subset: bool
+    subset: tuple[bool, bool]
 
     def __call__(self, q: Any, k: Any, rows: tuple[Any, ...], columns: tuple[Any, ...], flags: Any = None) -> Any:
         n = self._mask().counts()[2]
@@ -331,9 +331,11 @@ class ElementTest:
 
     def truth(self, q: Any, k: Any, rows: tuple[Any, ...], columns: tuple[Any, ...], tiles: tuple[Any, ...]) -> Any:
         """Returns the truth of elements or blocks, given that of the mask's tiles."""
-        if self.subset:
+        if self.subset[0]:
             q, *rows = rows  # type: ignore[assignment]
-        return self._mask().test(At(q, k, tuple(rows), columns, tiles, self.sizes))
+        if self.subset[1]:
+            k, *columns = columns  # type: ignore[assignment]
+        return self._mask().test(At(q, k, tuple(rows), tuple(columns), tiles, self.sizes))
 
     def _mask(self) -> Mask:
         return jax.tree.unflatten(self.structure, [None] * self.structure.num_leaves)
@@ -363,13 +365,16 @@ class Facts(NamedTuple):
     xp: ModuleType
 
 
-def resolve(mask: Mask, S: int, T: int, rows: Any = None, xp: ModuleType | None = None) -> Facts:
+def resolve(
+    mask: Mask, S: int, T: int, rows: Any = None, columns: Any = None, *, xp: ModuleType | None = None
+) -> Facts:
     """Returns a mask at S queries and T keys.
 
     Args:
       mask: a mask.
       S, T: sizes of the whole attention.
-      rows: int32 ``[R]``: positions of the queries that are asked for; None for all.
+      rows, columns: int32 ``[R]`` and ``[C]``: positions of the queries and of the keys that are asked for; None for
+        all.
       xp: `numpy` or `jax.numpy`; None takes NumPy where no fact is a jax array.
 
     Raises:
@@ -380,24 +385,38 @@ def resolve(mask: Mask, S: int, T: int, rows: Any = None, xp: ModuleType | None 
         raise TypeError(f"expected a mask of memjax.attention.masks, got {type(mask).__name__}")
     S, T = as_integer("mask", "S", S, 1), as_integer("mask", "T", T, 1)
     leaves, structure = jax.tree.flatten(mask)
-    xp = xp or numpy_like(*leaves, rows)
-    facts, columns, tiles = mask.row_data(S, T), mask.column_data(S, T), mask.tile_data(S, T)
+    xp = xp or numpy_like(*leaves, rows, columns)
+    facts, of_keys = (tuple(map(xp.asarray, part)) for part in (mask.row_data(S, T), mask.column_data(S, T)))
+    tiles = tuple(Tiles(xp.asarray(x), size) for x, size in mask.tile_data(S, T))
     if rows is not None:
-        positions = as_int32("rows", rows)
-        if positions.ndim != 1 or not positions.size:
-            raise ValueError(f"rows: expected positions of queries [R], got shape {positions.shape}")
-        if isinstance(positions, np.ndarray) and not ((positions >= 0) & (positions < S)).all():
-            raise ValueError(f"rows: expected positions below S={S}, got {positions.tolist()}")
-        facts = (positions[None, None], *(x if x.shape[-1] == 1 else x[..., positions] for x in facts))
-        tiles = tuple(Tiles(x[..., positions // size[0], :], (1, size[1])) for x, size in tiles)
-    shapes = [x.shape for x in (*facts, *columns)] + [x.shape for x, _ in tiles]
+        rows = xp.asarray(_positions("rows", rows, S))
+        facts = _taken(facts, rows)
+        tiles = tuple(Tiles(x[..., rows // size[0], :], (1, size[1])) for x, size in tiles)
+    if columns is not None:
+        columns = xp.asarray(_positions("columns", columns, T))
+        of_keys = _taken(of_keys, columns)
+        tiles = tuple(Tiles(x[..., columns // size[1]], (size[0], 1)) for x, size in tiles)
+    shapes = [x.shape for x in (*facts, *of_keys)] + [x.shape for x, _ in tiles]
     batch, heads = (max([1, *(shape[axis] for shape in shapes)]) for axis in (0, 1))
     if any(shape[0] not in (1, batch) or heads % shape[1] for shape in shapes):
         raise ValueError(f"facts of a mask differ in batch or heads: {sorted({shape[:2] for shape in shapes})}")
-    facts, columns = (tuple(map(xp.asarray, part)) for part in (facts, columns))
-    tiles = tuple(Tiles(xp.asarray(x), size) for x, size in tiles)
-    test = ElementTest(structure, (S, T), rows is not None)
-    return Facts(test, facts, columns, tiles, S if rows is None else len(positions), T, batch, heads, xp)
+    test = ElementTest(structure, (S, T), (rows is not None, columns is not None))
+    queries, keys = (n if some is None else len(some) for n, some in ((S, rows), (T, columns)))
+    return Facts(test, facts, of_keys, tiles, queries, keys, batch, heads, xp)
+
+
+def _positions(name: str, value: Any, n: int) -> Array:
+    positions = as_int32(name, value)
+    if positions.ndim != 1 or not positions.size:
+        raise ValueError(f"{name}: expected positions [R], got shape {positions.shape}")
+    if isinstance(positions, np.ndarray) and not ((positions >= 0) & (positions < n)).all():
+        raise ValueError(f"{name}: expected positions below {n}, got {positions.tolist()}")
+    return positions
+
+
+def _taken(facts: tuple[Array, ...], positions: Array) -> tuple[Array, ...]:
+    """Returns facts about some queries or keys, their positions first."""
+    return positions[None, None], *(x if x.shape[-1] == 1 else x[..., positions] for x in facts)
 
 
 def classify(facts: Facts, blocks: tuple[int, int]) -> tuple[Array, Array]:
