@@ -12,8 +12,7 @@ from memjax.core import jaxpr_compat
 from memjax.core.paths import Patterns, map_with_path, match, path_name
 from memjax.core.views import is_view
 from memjax.parallel.mesh import axis_size
-from memjax.weights import Adapted, Dense, PackedWeight
-from memjax.weights.adapted import LowRank
+from memjax.weights import Adapted, Dense, LowRank, PackedWeight
 from memjax.weights.lift import check_divisible
 
 COLUMNS = ("**/{q,k,v,gate,up}_proj/{kernel,bias}",)
