@@ -3,11 +3,24 @@
 import importlib
 from typing import Any
 
-from memjax import adapters, attention, codecs, core, ops, optim, remat, weights
+from memjax import adapters, attention, codecs, core, ops, optim, parallel, remat, weights
 from memjax.weights import lift
 
 __version__ = "0.1.0"
-__all__ = ["adapters", "attention", "codecs", "core", "lift", "models", "ops", "optim", "recipes", "remat", "weights"]
+__all__ = [
+    "adapters",
+    "attention",
+    "codecs",
+    "core",
+    "lift",
+    "models",
+    "ops",
+    "optim",
+    "parallel",
+    "recipes",
+    "remat",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

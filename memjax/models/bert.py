@@ -15,10 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from memjax.models.layers import (
-    Attention as AttentionName,
-)
-from memjax.models.layers import (
     Embedding,
+    Implementation,
     Linear,
     Source,
     again_if_packed,
@@ -94,7 +92,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(d, d, bias=True, rngs=rngs)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: AttentionName | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: Implementation | None) -> jax.Array:
         q, k, v = (
             projection(x).reshape(*x.shape[:2], self.num_heads, -1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -126,7 +124,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
         self.output_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: AttentionName | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None, implementation: Implementation | None) -> jax.Array:
         x = self.attention_norm(checkpoint_name(x + self.self_attn(x, mask, implementation), "block_middle"))
         return self.output_norm(checkpoint_name(x + self.mlp(x), "block_middle"))
 
@@ -160,7 +158,7 @@ class Bert(nnx.Module):
         self,
         tokens: jax.Array,
         mask: jax.Array | None = None,
-        attention: AttentionName | None = None,
+        attention: Implementation | None = None,
         prefix: jax.Array | None = None,
     ) -> Callable[[Block, jax.Array, Any], jax.Array]:
         """Returns ``layer(block, x, prefix of the layer) -> x``, one encoder step; arguments as in `__call__`."""
@@ -202,7 +200,7 @@ class Bert(nnx.Module):
         mask: jax.Array | None = None,
         token_types: jax.Array | None = None,
         remat: Policy = "none",
-        attention: AttentionName | None = None,
+        attention: Implementation | None = None,
         prefix: jax.Array | None = None,
     ) -> jax.Array:
         """Encodes sequences that start at position 0.

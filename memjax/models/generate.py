@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.models.layers import prefix_length
+from memjax.attention import Mask, masks
+from memjax.models.layers import Attention, prefix_length
 from memjax.models.llama import LlamaConfig, make_cache
 from memjax.models.model import Model, bind
 from memjax.weights import lift
@@ -27,6 +28,7 @@ def generate(
     key: jax.Array | None = None,
     eos: int | Sequence[int] | None = None,
     prefix: jax.Array | None = None,
+    attention: Attention | None = None,
 ) -> jax.Array:
     """Continues prompts of equal length.
 
@@ -41,6 +43,8 @@ def generate(
       eos: token or tokens that end a sequence; the rest of its row is filled with the first of them. The loop stops
         when all sequences have ended.
       prefix: a soft prompt before the prompts; see `Model.hidden`.
+      attention: as `Model.hidden` takes it. A mask without facts about tokens holds for prompts and new tokens; all
+        else for prompts, and new tokens see all that is past.
 
     Returns:
       int32 ``[B, S + N]``, prompts included.
@@ -76,6 +80,9 @@ def generate(
         raise ValueError("temperature above 0 draws tokens at random and needs key=")
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
         raise ValueError(f"top_k must be 1 to {config.vocab_size}, got {top_k}")
+    if isinstance(attention, Mask) and positions:
+        attention |= masks.sink(positions)
+    mask, other = (attention, None) if isinstance(attention, Mask) else (None, attention)
     ends = () if eos is None else (eos,) if isinstance(eos, int | np.integer) else tuple(eos)
     return _generate(
         params,
@@ -83,15 +90,17 @@ def generate(
         jnp.float32(temperature),
         jax.random.key(0) if key is None else key,
         prefix,
+        mask,
         config=config,
         count=max_new_tokens,
         sample=temperature > 0,
         top_k=top_k,
         eos=tuple(int(token) for token in ends),
+        attention=other,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count", "sample", "top_k", "eos"))
+@functools.partial(jax.jit, static_argnames=("config", "count", "sample", "top_k", "eos", "attention"))
 def _generate(params: Any, *arrays: Any, **static: Any) -> jax.Array:
     return lift(functools.partial(_loop, **static))(params, *arrays)
 
@@ -102,12 +111,14 @@ def _loop(
     temperature: jax.Array,
     key: jax.Array,
     prefix: jax.Array | None,
+    mask: Mask | None,
     *,
     config: LlamaConfig,
     count: int,
     sample: bool,
     top_k: int | None,
     eos: tuple[int, ...],
+    attention: Any,
 ) -> jax.Array:
     module = bind(config, params)
     batch, length = prompt.shape
@@ -125,7 +136,9 @@ def _loop(
     def ended(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros(token.shape, bool)
 
-    hidden, cache = module.extend(prompt, cache, first=True, prefix=prefix)
+    hidden, cache = module.extend(
+        prompt, cache, first=True, prefix=prefix, attention=attention if mask is None else mask
+    )
     token = pick(hidden, 0)
     tokens = jnp.full((batch, length + count), eos[0] if eos else 0, jnp.int32)
     tokens = jax.lax.dynamic_update_slice(tokens, prompt, (0, 0)).at[:, length].set(token)
@@ -136,7 +149,7 @@ def _loop(
 
     def turn(state: Any) -> Any:
         step, token, done, tokens, cache = state
-        hidden, cache = module.extend(token[:, None], cache)
+        hidden, cache = module.extend(token[:, None], cache, attention=mask)
         token = jnp.where(done, eos[0] if eos else 0, pick(hidden, step))
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, length + step))
         return step + 1, token, done | ended(token), tokens, cache

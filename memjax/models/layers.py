@@ -12,11 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from memjax import attention as sparse
 from memjax.adapters import prepend
 from memjax.core import packing
 from memjax.remat import Policy, Remat, checkpoint, parse
 
-Attention = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "cudnn"]
+Attention = Implementation | sparse.Mask | Callable[[jax.Array, jax.Array], sparse.Mask]
+"""What computes attention, or which keys a query sees: a mask, or a policy ``(q, k) -> mask`` that finds it anew in
+every layer."""
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -94,7 +98,7 @@ def attend(
     causal: bool = False,
     mask: jax.Array | None = None,
     window: int | None = None,
-    implementation: Attention | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Softmax attention through `jax.nn.dot_product_attention`.
 
@@ -135,6 +139,53 @@ def attend(
     else:
         out = attention(q, k, v, mask).reshape(*q.shape[:2], -1)
     return checkpoint_name(out, "attn_out")
+
+
+def attend_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    block_mask: sparse.BlockMask,
+    implementation: Literal["xla"] | None = None,
+) -> jax.Array:
+    """Softmax attention through `memjax.attention.attend`, over the blocks that a mask leaves.
+
+    Args:
+      q: ``[B, S, H, Dh]``.
+      k, v: ``[B, T, Hk, Dh]``.
+      block_mask: such as `block_lists` makes.
+      implementation: None for the best that runs.
+
+    Returns:
+      ``[B, S, H * Dh]`` in the dtype of ``q``.
+    """
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, block_mask: sparse.BlockMask) -> jax.Array:
+        return sparse.attend(q, k, v, block_mask=block_mask, implementation=implementation)
+
+    return checkpoint_name(join_heads(attention, q.shape[2])(q, k, v, block_mask), "attn_out")
+
+
+def block_lists(
+    mask: sparse.Mask,
+    q_shape: tuple[int, ...],
+    keys: int,
+    rows: jax.Array | None = None,
+    implementation: Literal["xla"] | None = None,
+) -> sparse.BlockMask:
+    """Returns a mask's lists of blocks as arrays of the program, which all layers may read.
+
+    Args:
+      mask: of ``keys`` queries and keys.
+      q_shape: ``[B, S, H, Dh]``.
+      keys: T.
+      rows: int32 ``[S]``, the positions of the queries; None where they are all, S = T.
+      implementation: what is going to read them.
+    """
+    blocks = sparse.default_blocks(q_shape, keys, implementation=implementation)
+    if rows is None and not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mask)):
+        return sparse.block_mask_in_program(mask, keys, keys, blocks=blocks)
+    return sparse.make_block_mask(mask, keys, keys, blocks=blocks, rows=rows)
 
 
 def again_if_packed(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -7,7 +7,9 @@ Layers are stacked along a leading axis and run by `jax.lax.scan`. Sources: Touv
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +19,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from memjax.attention import BlockMask, Mask, masks
 from memjax.models.layers import (
-    Attention as AttentionName,
+    Attention as AttentionChoice,
 )
 from memjax.models.layers import (
     Embedding,
@@ -26,6 +29,8 @@ from memjax.models.layers import (
     Source,
     again_if_packed,
     attend,
+    attend_blocks,
+    block_lists,
     prefix_length,
     replace_prefix,
     require_sizes,
@@ -227,6 +232,17 @@ class Block(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def _parts(choice: AttentionChoice | None) -> tuple[Any, Mask | None, Any]:
+    """Returns what computes attention, the mask and the policy: of the three, all but one are None."""
+    if isinstance(choice, Mask):
+        return None, choice, None
+    if choice in ("xla", "cudnn", None):
+        return choice, None, None
+    if callable(choice):
+        return None, None, choice
+    raise ValueError(f"attention must be 'xla', 'cudnn', a mask, a function of (q, k) or None, got {choice!r}")
+
+
 class Llama(nnx.Module):
     """A Llama-family decoder.
 
@@ -242,16 +258,63 @@ class Llama(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
         self.config = config
 
-    def _windowed(self, layer_has_window: Any, attention: Any) -> Any:
-        """Returns ``attention(q, k, v)`` from ``attention(q, k, v, window)`` for a layer."""
+    def _windows(self) -> tuple[int | None, ...]:
+        """Returns the windows of layers; of two, the first is that of layers which ``window_layers`` names."""
         window, layers = self.config.sliding_window, self.config.window_layers
         if window is None or (layers is not None and not any(layers)):
-            return lambda *qkv: attention(*qkv, None)
-        if layers is None or all(layers):
-            return lambda *qkv: attention(*qkv, window)
-        return lambda *qkv: jax.lax.cond(
-            layer_has_window, lambda *qkv: attention(*qkv, window), lambda *qkv: attention(*qkv, None), *qkv
-        )
+            return (None,)
+        return (window,) if layers is None or all(layers) else (window, None)
+
+    def _windowed(self, layer_has_window: Any, attention: Any) -> Any:
+        """Returns ``attention(q, k, v)`` from ``attention(q, k, v, window)`` for a layer."""
+        one, *other = (lambda *qkv, window=window: attention(*qkv, window) for window in self._windows())
+        return functools.partial(jax.lax.cond, layer_has_window, one, *other) if other else one
+
+    def _attention(
+        self,
+        choice: AttentionChoice | None,
+        batch: int,
+        keys: int,
+        *,
+        segment_ids: jax.Array | None = None,
+        prompt: int = 0,
+        rows: jax.Array | None = None,
+    ) -> Callable[..., jax.Array]:
+        """Returns causal ``attention(q, k, v, window)``; lists of blocks are made here, once for all layers.
+
+        Args:
+          choice: as `__call__` takes it.
+          batch: B.
+          keys: T.
+          segment_ids: int32 ``[B, T]``.
+          prompt: P, positions in front that every position after them sees.
+          rows: int32 ``[S]``, the positions of the queries; None where they are all, S = T.
+        """
+        implementation, mask, policy = _parts(choice)
+        shared = [] if mask is None else [mask]
+        if segment_ids is not None:
+            shared.append(masks.segments(segment_ids))
+        if not shared and policy is None:
+            return lambda q, k, v, window: attend(q, k, v, causal=True, window=window, implementation=implementation)
+        if implementation == "cudnn":
+            raise ValueError("attention='cudnn' cannot tell segments apart; None and 'xla' can")
+        shape = (batch, keys if rows is None else len(rows), self.config.num_heads, self.config.head_dim)
+
+        def lists(window: int | None, *more: Mask) -> BlockMask:
+            past = masks.causal() if window is None else masks.window(window - 1, 0)
+            shown = functools.reduce(operator.and_, [*shared, *more])
+            shown = past & (shown | masks.sink(prompt) if prompt else shown)
+            return block_lists(shown, shape, keys, rows, implementation)
+
+        if policy is None:
+            of_window = {window: lists(window) for window in self._windows()}
+            return lambda q, k, v, window: attend_blocks(q, k, v, of_window[window], implementation)
+
+        def by_policy(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+            chosen = policy(jax.lax.stop_gradient(q), jax.lax.stop_gradient(k))
+            return attend_blocks(q, k, v, lists(window, chosen))
+
+        return by_policy
 
     def layer_xs(self, prefix: jax.Array | None = None) -> Any:
         """Returns what else than params tells the layers apart: arrays ``[L, ...]`` for `scan_layers`."""
@@ -267,7 +330,7 @@ class Llama(nnx.Module):
         tokens: jax.Array,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        attention: AttentionName | None = None,
+        attention: AttentionChoice | None = None,
         prefix: jax.Array | None = None,
     ) -> Callable[[Block, jax.Array, Any], jax.Array]:
         """Returns ``layer(block, x, extra) -> x``, one step of the decoder; arguments as in `__call__`."""
@@ -277,13 +340,11 @@ class Llama(nnx.Module):
             if ids is not None and ids.shape != tokens.shape:
                 raise ValueError(f"{name} must have the shape of tokens {tokens.shape}, got {ids.shape}")
         length = prefix_length(prefix, self.config.num_layers, self.config.hidden_size)
-        mask = None
         if segment_ids is not None:
             if length and self.config.sliding_window is not None:
                 raise ValueError("a prefix before packed segments is not supported for a model with a sliding window")
-            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-            mask = jnp.pad(mask, ((0, 0), (0, 0), (length, 0), (length, 0)), constant_values=True)
             positions = segment_positions(segment_ids) if positions is None else positions
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (length, 0)), mode="edge") if length else segment_ids
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         if length:
@@ -291,12 +352,12 @@ class Llama(nnx.Module):
             positions = jnp.concatenate([front, length + positions], axis=1)
         angles = self._angles(positions)
 
-        def attend_window(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-            return attend(q, k, v, causal=True, mask=mask, window=window, implementation=attention)
+        batch, size = tokens.shape
+        attention_of = self._attention(attention, batch, length + size, segment_ids=segment_ids, prompt=length)
 
         def layer(block: Block, x: jax.Array, extra: Any) -> jax.Array:
             _, has_window, own_prefix = extra
-            return block(replace_prefix(own_prefix, x), angles, self._windowed(has_window, attend_window))
+            return block(replace_prefix(own_prefix, x), angles, self._windowed(has_window, attention_of))
 
         return layer
 
@@ -307,18 +368,20 @@ class Llama(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         remat: Policy = "none",
-        attention: AttentionName | None = None,
+        attention: AttentionChoice | None = None,
         prefix: jax.Array | None = None,
     ) -> jax.Array:
         """Runs the decoder up to and including the final norm.
 
         Args:
           tokens: int32 ``[B, S]``.
-          segment_ids: int32 ``[B, S]`` of packed documents; tokens attend within their own segment only. Costs a
-            ``[B, 1, S, S]`` mask.
+          segment_ids: int32 ``[B, S]`` of packed documents; tokens attend within their own segment only.
           positions: int32 ``[B, S]``; default: from 0, restarting at each segment.
           remat: see `memjax.models.layers.scan_layers`.
-          attention: "xla", "cudnn", or None for the best that runs.
+          attention: "xla", "cudnn", or None for the best that runs; or a mask of `memjax.attention.masks`, of which
+            only what is past, in the model's own window and in the token's segment is seen; or a policy
+            ``(q [B, S, H, Dh], k [B, S, Hk, Dh]) -> mask``, which every layer asks anew. With a prefix, masks are of
+            P + S positions.
           prefix: ``[P, D]`` of a soft prompt, which stands before every sequence and is seen by every segment of it:
             positions 0 to P - 1, those of the tokens moved on by P. ``[L, P, D]`` replaces it before each layer.
 
@@ -343,7 +406,7 @@ class Llama(nnx.Module):
         cache: Cache,
         *,
         first: bool = False,
-        attention: AttentionName | None = None,
+        attention: AttentionChoice | None = None,
         prefix: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs the decoder on the next tokens of sequences whose past is in ``cache``.
@@ -352,7 +415,9 @@ class Llama(nnx.Module):
           tokens: int32 ``[B, S]``, which follow the cached positions.
           cache: the past; it must have room for S more positions.
           first: the cache is empty, so attention needs to look at the new tokens only.
-          attention: as in `__call__`, for ``first``; later tokens attend to the whole cache by XLA.
+          attention: as in `__call__`. A mask is of all T positions of the cache, but of the new tokens alone with
+            ``first``: the same for one without facts about tokens. Others are for ``first``: later tokens attend to the
+            whole cache by XLA.
           prefix: as in `__call__`, with ``first`` only; takes P positions of the cache.
 
         Returns:
@@ -363,7 +428,13 @@ class Llama(nnx.Module):
         count = prefix_length(prefix, self.config.num_layers, self.config.hidden_size) + tokens.shape[1]
         new = cache.length + jnp.arange(count, dtype=jnp.int32)
         angles = self._angles(new[None])
-        slots = jnp.arange(cache.k.shape[2], dtype=jnp.int32)
+        batch, size = tokens.shape[0], cache.k.shape[2]
+        slots = jnp.arange(size, dtype=jnp.int32)
+        to_past = None
+        if first:
+            to_new = self._attention(attention, batch, count, prompt=count - tokens.shape[1])
+        elif isinstance(attention, Mask):
+            to_past = self._attention(attention, batch, size, rows=new)
 
         def layer(block: Block, carry: Any, extra: Any) -> Any:
             x, keys, values = carry
@@ -371,7 +442,9 @@ class Llama(nnx.Module):
 
             def attend_past(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
                 if first:
-                    return attend(q, k, v, causal=True, window=window, implementation=attention)
+                    return to_new(q, k, v, window)
+                if to_past is not None:
+                    return to_past(q, keys[index], values[index], window)
                 mask = slots <= new[:, None]
                 if window is not None:
                     mask &= slots > new[:, None] - window

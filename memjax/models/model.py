@@ -130,7 +130,8 @@ class Model:
           mask, token_types: ``[B, S]``, encoders only; see `Bert`.
           prefix: a soft prompt ``[P, D]``, or ``[L, P, D]`` for one per layer, such as `memjax.adapters.Prompt` makes.
           remat: such as "none", "full", "dots" or "8bit"; see `memjax.models.layers.scan_layers`.
-          attention: "xla", "cudnn", or None for the best that runs.
+          attention: "xla", "cudnn", or None for the best that runs; decoders also take a mask of
+            `memjax.attention.masks` or a function ``(q, k) -> mask``; see `Llama`.
         """
         own = self._inputs(segment_ids, positions, mask, token_types)
         return bind(self.config, params)(tokens, **own, prefix=prefix, remat=remat, attention=attention)

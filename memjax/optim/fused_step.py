@@ -47,14 +47,14 @@ class FusedMetrics(NamedTuple):
 
 
 def parts_of_stages(
-    stages: Callable[[Any], Any], loss: Callable[[Any, Any, Any], jax.Array], *, layers: str = "layers"
+    stages: Callable[[Any], Any], loss: Callable[[Any, Any, Any], Any], *, layers: str = "layers"
 ) -> LossParts:
     """Returns the loss parts of a model that is cut into stages, such as by `memjax.models.Model.stages`.
 
     Args:
       stages: batch -> an object with the functions ``embed(params)``, ``layers(params)``, ``block(layer, x)`` and
         ``finish(params, x)``, such as ``lambda batch: model.stages(batch.tokens)``.
-      loss: (params, hidden states, batch) -> scalar.
+      loss: (params, hidden states, batch) -> scalar, or what else ``head`` is to give.
       layers: the key of the stacked layers in params.
     """
 

@@ -66,7 +66,7 @@ class Checkpoints:
         them anew.
 
         Args:
-          like: a state of the shapes and dtypes to expect (arrays or `jax.ShapeDtypeStruct`).
+          like: a state of the shapes, dtypes and shardings to expect (arrays or `jax.ShapeDtypeStruct`).
 
         Raises:
           ValueError: there is no checkpoint, or none that loads.
@@ -74,7 +74,9 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise ValueError(f"no checkpoint in {self.folder}")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like
+        )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         reasons = []
         for step in reversed(steps):

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memjax import adapters, models, optim, remat
+from memjax import adapters, models, optim, parallel, remat
 from memjax.core.bytes import compiled_bytes, nbytes
+from memjax.models.layers import checkpointed
 from memjax.ops import linear_cross_entropy
 from memjax.recipes import data as data_
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
@@ -27,7 +29,7 @@ from memjax.recipes.optimizers import make_training
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
 from memjax.recipes.settings import FREE_SETTINGS, Dtype, FinetuneSettings, checked, concrete
-from memjax.recipes.train import LossFn, check_finite, init_state
+from memjax.recipes.train import LossFn, check_finite, init_on_mesh, init_state
 from memjax.recipes.whole import TrainedWeights
 from memjax.weights import lift
 
@@ -54,9 +56,15 @@ def load_model(model: str, format: Format = "keep", group: int = 64, dtype: Dtyp
     return models.load(model, dtype=concrete(dtype), weights=weights)
 
 
-def make_loss(model: models.Model, adapter: Any, settings: FinetuneSettings, *, dropout: bool) -> LossFn:
+def make_loss(
+    model: models.Model, adapter: Any, settings: FinetuneSettings, *, dropout: bool, mesh: Mesh | None = None
+) -> LossFn:
     """Returns the loss of a decoder with an adapter attached: ``(theta, frozen, batch, key) -> (sum,
-    count)``."""
+    count)``; with a mesh, computed there."""
+
+    if mesh is not None:
+        sums = parallel.on_mesh(_sum_parts(model, settings), mesh)
+        return lambda theta, frozen, batch, key: sums(adapter.attach(frozen, theta, key if dropout else None), batch)
 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         hidden = model.hidden(params, batch.inputs, segment_ids=batch.segment_ids, remat=settings.remat)
@@ -76,6 +84,17 @@ def make_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
 
     parts = optim.parts_of_stages(lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids), head)
     return parts._replace(block=remat.checkpoint(parts.block, settings.remat))
+
+
+def _sum_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossParts:
+    """Returns the sums that `make_loss` gives, cut at the layers of a decoder."""
+
+    def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
+        return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
+
+    parts = optim.parts_of_stages(lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids), head)
+    block = checkpointed(lambda x, rest: parts.block(rest[0], x, *rest[1:]), settings.remat)
+    return parts._replace(block=lambda layer, x, batch, index: block(x, (layer, batch, index)))
 
 
 def _nll(model: models.Model, params: Any, hidden: jax.Array, batch: data_.Windows, chunk: int) -> jax.Array:
@@ -137,13 +156,26 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     frozen, start = _start(adapter, model.params, settings, out)
+    mesh = None if settings.mesh is None else parallel.make_mesh(settings.mesh)
+    if mesh is not None:
+        if config.num_kv_heads % mesh.shape.get("model", 1):
+            raise ValueError(
+                f"mesh={settings.mesh} splits heads, but {settings.model} has {config.num_kv_heads} heads of keys"
+            )
+        places = parallel.shardings((frozen, start), mesh, attach=adapter.attach)
+        frozen, start = jax.device_put((frozen, start), places)
     model = dataclasses.replace(model, params=frozen)  # methods that rebase the weights have made others of them
-    loss = make_loss(model, adapter, settings, dropout=True)
+    loss = make_loss(model, adapter, settings, dropout=True, mesh=mesh)
     follow = METHODS[settings.adapter].after
     training = make_training(
         settings, loss, make_parts(model, settings), config.num_layers, follow and follow(settings.steps)
     )
-    state = init_state(jax.tree.map(jnp.copy, start), training)  # a copy, because a training step donates its state
+    theta = jax.tree.map(jnp.copy, start)  # a copy, because a training step donates its state
+    if mesh is None:
+        state = init_state(theta, training)
+    else:
+        state, training = init_on_mesh(theta, training)
+    del theta
     if settings.resume:
         state = checkpoints.restore(state)
         if int(state.step) >= settings.steps:
@@ -156,7 +188,11 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     held_out_log = MetricsLog(out / "held_out.jsonl", done + 1)
     evaluations = {row["step"]: row for row in read_metrics(held_out_log.path)}
 
-    evaluate = make_evaluate(make_loss(model, adapter, settings, dropout=False))
+    def batch_at(step: int) -> data_.Windows:
+        batch = loader.batch_at(step)
+        return batch if mesh is None else jax.device_put(batch, parallel.batch_sharding(mesh))
+
+    evaluate = make_evaluate(make_loss(model, adapter, settings, dropout=False, mesh=mesh))
 
     def evaluate_at(steps: int, theta: Any) -> None:
         if steps in evaluations:
@@ -183,19 +219,26 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         f"{settings.model}: {nbytes(frozen) / 2**20:.1f} MiB frozen, {nbytes(state.theta) / 2**20:.2f} MiB trained; "
         f"{len(train.inputs)} training windows of {settings.seq} tokens"
     )
+    if mesh is not None:
+        held = (parallel.device_bytes(tree) / 2**20 for tree in (frozen, state.theta, state.opt_state))
+        console.print(
+            "each of {} devices ({}): {:.1f} MiB of weights, {:.2f} MiB trained, {:.2f} MiB of optimizer state".format(
+                mesh.size, settings.mesh, *held
+            )
+        )
     console.print(f"remat {settings.remat} keeps of each layer: {remat.NAMED[settings.remat][1]}")
     evaluate_at(0, start)
     sample_before = sample(start)
     del start
 
     with console.status("compiling the training step"):
-        compiled = training.step.lower(state, frozen, loader.batch_at(0)).compile()
+        compiled = training.step.lower(state, frozen, batch_at(0)).compile()
     tokens, seconds = 0.0, 0.0
     with _progress(console) as progress:
         bar = progress.add_task("training", total=settings.steps, completed=done, loss=float("nan"), speed=0.0)
         for i in range(done, settings.steps):
             begun = time.monotonic()
-            state, metrics = compiled(state, frozen, loader.batch_at(i))
+            state, metrics = compiled(state, frozen, batch_at(i))
             metrics = jax.device_get(metrics)
             check_finite(metrics, i)
             seconds += time.monotonic() - begun
@@ -215,9 +258,14 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     rows = settings.batch // settings.accumulate
     microbatch = data_.take(loader.batch_at(0), slice(rows))
     activations = residual_bytes(loss, state.theta, frozen, microbatch, jax.random.key(0))
+    if mesh is not None:
+        activations, rows = activations // mesh.size, rows // parallel.batch_parts(mesh)
     weights = adapter.attach(frozen, state.theta) if isinstance(adapter, TrainedWeights) else frozen
     activations += working_bytes(config, weights, rows, settings.seq, settings.chunk)
-    report = byte_report(frozen, state, compiled_bytes(compiled), activations, settings.accumulate)
+    by_xla = compiled_bytes(compiled)
+    if mesh is not None:  # where arrays that the step does not use are no arguments of it, and are held all the same
+        by_xla = by_xla._replace(argument=max(by_xla.argument, parallel.device_bytes((state, frozen, batch_at(0)))))
+    report = byte_report(frozen, state, by_xla, activations, settings.accumulate)
     checkpoints.close()
     if isinstance(adapter, TrainedWeights):
         models.save(out / "model", dataclasses.replace(model, params=adapter.attach(frozen, state.theta)))

@@ -17,6 +17,7 @@ from memjax.core.bytes import CompiledBytes, nbytes
 from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view
 from memjax.models import LlamaConfig
+from memjax.parallel import device_bytes
 from memjax.recipes.train import TrainState
 from memjax.weights import Anchored, Dense, PackedWeight
 
@@ -135,7 +136,7 @@ def human(count: int) -> str:
 def byte_report(
     frozen: Any, state: TrainState, compiled: CompiledBytes, activation_bytes: int, accumulate: int = 1
 ) -> ByteReport:
-    """Accounts for the bytes of a training step.
+    """Accounts for the bytes of a training step, on a mesh for those of one device.
 
     Formula: weights, trained weights and optimizer state as they are stored; gradients as large as the
     trained weights (twice with accumulation: the sum and one microbatch's); activations and temporaries as
@@ -156,10 +157,10 @@ def byte_report(
         shapes.
     """
     anchors = [leaf for _, leaf in leaf_paths(frozen) if isinstance(leaf, Anchored)]
-    constants = sum(nbytes(leaf.constants) for leaf in anchors)
-    packed = sum(nbytes(_weight(leaf)) for _, leaf in leaf_paths(frozen) if _is_packed(leaf))
-    dense = nbytes(frozen) - packed - constants
-    held = (packed, dense, constants, nbytes(state.theta), nbytes(state.opt_state))
+    constants = sum(device_bytes(leaf.constants) for leaf in anchors)
+    packed = sum(device_bytes(_weight(leaf)) for _, leaf in leaf_paths(frozen) if _is_packed(leaf))
+    dense = device_bytes(frozen) - packed - constants
+    held = (packed, dense, constants, device_bytes(state.theta), device_bytes(state.opt_state))
     if compiled.argument < sum(held):
         raise ValueError(
             f"the compiled step takes {compiled.argument} bytes, less than the {sum(held)} bytes of its weights and "

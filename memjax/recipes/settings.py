@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from memjax import remat
+from memjax import parallel, remat
 from memjax.recipes.data import TooLong
 from memjax.recipes.formats import Format
 from memjax.recipes.methods import AdapterName, complete
@@ -51,6 +51,8 @@ class FinetuneSettings:
       warmup: steps of linear warm-up.
       weight_decay: decoupled weight decay.
       clip: largest global norm of the gradients; None does not clip. badam, lisa and mezo never do.
+      mesh: devices that train together: data=2 splits the batch, fsdp=2 the batch and the weights, model=2 each layer's
+        matrices; data=2,model=2 and the like do both. None: one device.
       remat: what is kept of each layer for the backward pass: none: all; full: its input; linear: and what linear
         layers give; dots: and matrix products; 8bit, 4bit, 2bit: all, packed; full-8bit, linear-8bit and the like:
         the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
@@ -92,6 +94,7 @@ class FinetuneSettings:
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    mesh: str | None = None
     remat: remat.Name = "full"
     chunk: int = 512
     held_out: float = 0.1
@@ -144,6 +147,16 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
         raise ValueError(
             f"{settings.optimizer} compares two passes, and dropout would differ; leave dropout={settings.dropout} out"
         )
+    if settings.mesh is not None:
+        if settings.fused or optimizer.kind != "gradients":
+            what = "fused" if settings.fused else settings.optimizer
+            raise ValueError(f"{what} runs on one device; leave mesh={settings.mesh} out")
+        parts = parallel.batch_parts(parallel.make_mesh(settings.mesh))
+        if settings.batch // settings.accumulate % parts:
+            raise ValueError(
+                f"mesh={settings.mesh} divides every microbatch among {parts} devices; batch={settings.batch} and "
+                f"accumulate={settings.accumulate} make microbatches of {settings.batch // settings.accumulate}"
+            )
     chosen = complete(
         settings.adapter, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, lr=settings.lr
     )

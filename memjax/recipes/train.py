@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax.core.paths import leaf_paths
 from memjax.core.roles import check_trained
-from memjax.optim import apply_updates_stochastic
+from memjax.optim import apply_updates_stochastic, state_shardings
 
 Schedule = Literal["constant", "linear", "cosine"]
 # (theta, frozen, batch, key) -> (weighted sum of losses, sum of weights), float32 scalars
@@ -109,6 +110,32 @@ def init_state(theta: Any, tx: optax.GradientTransformation | Training) -> Train
     """
     check_trained(theta)
     return TrainState(theta, tx.init(theta), jnp.zeros((), jnp.int32))
+
+
+def init_on_mesh(theta: Any, training: Training) -> tuple[TrainState, Training]:
+    """Returns the state before the first step, and the training that leaves every array of it where it is.
+
+    Args:
+      theta: the trained pytree, every array on a mesh; the optimizer's state is split as it is.
+      training: whose step computes on that mesh.
+
+    Raises:
+      TypeError: as `init_state`.
+    """
+    check_trained(theta)
+    places = jax.tree.map(lambda leaf: leaf.sharding, theta)
+    whole = NamedSharding(jax.tree.leaves(places)[0].mesh, PartitionSpec())
+    tx = optax.GradientTransformation(training.init, lambda *args: args)
+    held = TrainState._make((places, state_shardings(tx, theta, places), whole))
+    state = TrainState(
+        theta, jax.jit(training.init, out_shardings=held.opt_state)(theta), jax.device_put(jnp.int32(0), whole)
+    )
+    step = jax.jit(
+        lambda state, frozen, batch: training.step(state, frozen, batch),
+        donate_argnums=0,
+        out_shardings=(held, None),
+    )
+    return state, training._replace(step=step)
 
 
 def make_step(
