@@ -425,6 +425,36 @@ def _attention(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str
     return parts
 
 
+SCALING_NOTE = """`data=1` is one device. Where the mesh splits the batch, each device has the batch of one; with
+`model`, all devices together have it. Bytes are those of the last device; `weights`, `trained` and `optimizer` are what
+it holds between steps."""
+
+
+def _scaling(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `scaling`: one per shape and stack, a line per mesh."""
+    header = ("mesh", "devices", "batch", "tokens/s", "of one device", "peak GiB", "compiled GiB")
+    header += ("weights GiB", "trained GiB", "optimizer GiB")
+    parts = [SCALING_NOTE]
+    for shape, stack in dict.fromkeys((row["shape"], row["stack"]) for row in rows):
+        own = [row for row in rows if (row["shape"], row["stack"]) == (shape, stack)]
+        lines = []
+        for row in own:
+            one = next((other for other in own if other["devices"] == 1 and other["run"] == row["run"]), None)
+            lines.append(
+                [
+                    row["mesh"],
+                    str(row["devices"]),
+                    str(row["batch"]),
+                    f"{row['tokens_per_s']:,.0f}",
+                    f"{row['tokens_per_s'] / one['tokens_per_s']:.3f}" if one else "-",
+                    "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}",
+                    *(f"{row[f'{name}_gib']:.2f}" for name in ("compiled", "weights", "trained", "optimizer")),
+                ]
+            )
+        parts.append(f"**{shape}, {stack}**\n\n{_table(header, lines)}")
+    return parts
+
+
 TABLES = {
     "ladder": _ladder,
     "packed_matmul": _products,
@@ -435,6 +465,7 @@ TABLES = {
     "adapters": _adapters,
     "activations": _activations,
     "activation_quality": _activation_quality,
+    "scaling": _scaling,
     "flash_attention": _attention,
 }
 """Suite -> what is under its heading; other suites measure speed."""

@@ -145,7 +145,9 @@ def attend(
 
     implementation = _of_kernels(implementation)
     if block_mask is None:
-        blocks = blocks or default_blocks(q.shape, T, None if pages is None else k.shape[1], implementation)
+        if blocks is None:
+            page = None if pages is None else k.shape[1]
+            blocks = _fitted(default_blocks(q.shape, T, page, implementation), mask, S, T, implementation)
         whole = mask if not jax.tree.leaves(mask) else None
         made = None if whole is not None else make_block_mask(mask, S, T, blocks=blocks)
     else:
@@ -224,7 +226,9 @@ def column_sums(
             modified = lambda s, b, h, q, k: score_mod(s, b, h, rows[q], k)  # noqa: E731
     if block_mask is None:
         mask = masks.full() if mask is None else mask
-        blocks = blocks or default_blocks(q.shape, T, None if pages is None else k.shape[1], implementation)
+        if blocks is None:
+            page = None if pages is None else k.shape[1]
+            blocks = _fitted(default_blocks(q.shape, T, page, implementation), mask, S, T, implementation)
         if rows is None and not jax.tree.leaves(mask):
             block_mask = block_mask_in_program(mask, S, T, blocks=blocks)
         else:
@@ -271,6 +275,21 @@ def default_blocks(
     most = (32 * math.ceil(n / 32) for n in (queries, keys))
     bq, bk = (min(size, n) for n in most)
     return bq, page or bk
+
+
+def _fitted(
+    blocks: tuple[int, int], mask: Mask, S: int, T: int, implementation: Implementation | None
+) -> tuple[int, int]:
+    """Returns XLA's blocks made small enough to divide the rectangles that a mask selects, unless those are tiny.
+
+    The truth of a rectangle is a flag per block then, and no bits of elements are stored.
+    """
+    if _of_kernels(implementation) != "xla":
+        return blocks
+    for _, size in mask.tile_data(S, T):
+        common = math.gcd(blocks[0], size[0]), math.gcd(blocks[1], size[1])
+        blocks = common if min(common) >= 32 else blocks
+    return blocks
 
 
 def _with_segments(mask: Mask | None, segment_ids: Any) -> Mask:

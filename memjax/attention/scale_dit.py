@@ -57,8 +57,7 @@ def scale_dit_mask(context: int, window: int) -> Mask:
 
 
 def _scale_dit(at: At, context: int, window: int) -> Any:
-    same = (at.q - context) // window == (at.k - context) // window
-    return (at.k < context) | ((at.q >= context) & same)
+    return (at.k < context) | ((at.q - context) // window == (at.k - context) // window)
 
 
 def anchor_positions(h_low: int, w_low: int, h: int, w: int) -> np.ndarray:

@@ -23,7 +23,7 @@ def sparge_select(
     mask: Mask | None = None,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the blocks that hold ``tau`` of the predicted attention; for `masks.blocks` with ``blocks`` as the size.
+    """Returns the blocks that hold ``tau`` of the predicted attention: for `masks.blocks` and `attend` with ``blocks``.
 
     Attention is predicted from means of blocks. A block whose tokens are unlike their mean is not skipped: a block of
     queries sees all keys, a block of keys is seen by all.

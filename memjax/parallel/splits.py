@@ -12,7 +12,7 @@ from memjax.core import jaxpr_compat
 from memjax.core.paths import Patterns, map_with_path, match, path_name
 from memjax.core.views import is_view
 from memjax.parallel.mesh import axis_size
-from memjax.weights import Adapted, Dense, PackedWeight
+from memjax.weights import Adapted, Dense, LowRank, PackedWeight
 from memjax.weights.lift import check_divisible
 
 COLUMNS = ("**/{q,k,v,gate,up}_proj/{kernel,bias}",)
@@ -41,7 +41,8 @@ def specs(
       The tree of ``params`` with a `PartitionSpec` for every array.
 
     Raises:
-      ValueError: a matrix that ``model`` does not divide, whose groups it would cut, or whose rows cannot be summed.
+      ValueError: a matrix that ``model`` does not divide, whose groups it would cut, or that is no sum of a dense or
+        packed weight and products of factors: of a part of DoRA's or SNELL's, say, the norms are others.
     """
     by_model, by_fsdp = axis_size(mesh, "model"), axis_size(mesh, "fsdp")
 
@@ -60,11 +61,13 @@ def _by_model(path: str, leaf: Any, mesh: Mesh, columns: Patterns, rows: Pattern
     of_rows = chosen(rows, path, leaf)
     if not of_rows and not chosen(columns, path, leaf):
         return None
-    if of_rows and is_view(leaf) and not isinstance(leaf, Adapted | Dense | PackedWeight):
-        raise ValueError(
-            f"{path}: the mesh axis model splits the inputs of this weight, and {type(leaf).__name__} is "
-            "no sum over inputs"
-        )
+    base, deltas = (leaf.base, leaf.deltas) if isinstance(leaf, Adapted) else (leaf, ())
+    for part in (*deltas, *([base] if is_view(base) else [])):
+        if not isinstance(part, LowRank | Dense | PackedWeight):
+            raise ValueError(
+                f"{path}: the mesh axis model splits dense and packed weights and the factors of LoRA, not "
+                f"{type(part).__name__}"
+            )
     inputs, outputs = leaf.axes if is_view(leaf) else ((-2,), (-1,))
     entries: list[str | None] = [None] * leaf.ndim
     entries[(inputs if of_rows else outputs)[0]] = "model"

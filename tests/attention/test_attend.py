@@ -437,3 +437,19 @@ def test_online_softmax():
     left, right = join(join(parts[0], parts[1]), parts[2]), join(parts[0], join(parts[1], parts[2]))
     assert_close(left, right, 1e-6)
     np.testing.assert_allclose(left[0] + jnp.log(left[1]), jax.nn.logsumexp(x[1:], -1), 1e-6)
+
+
+def test_blocks_fit_the_rectangles_that_a_mask_selects():
+    """So that whole rectangles need no table of their elements."""
+    q, k, v = (array(i, 1, 256, 2, 16) for i in range(3))
+    selected = np.random.default_rng(0).random((2, 2)) < 0.5
+    selected[:, 0] = True
+    mask = masks.blocks(selected, 128)
+    fitted, larger = (
+        jax.jit(functools.partial(attend, mask=mask, blocks=blocks)).lower(q, k, v).as_text()
+        for blocks in (None, (256, 256))
+    )
+    assert "ui32" not in fitted and "ui32" in larger
+    expected = attend(q, k, v, mask=mask, implementation="reference")
+    np.testing.assert_allclose(attend(q, k, v, mask=mask), expected, atol=1e-5)
+    attend(q, k, v, mask=masks.blocks(np.ones((13, 13), bool), 20))

@@ -164,9 +164,11 @@ def test_what_cannot_be_split_is_named(job):
             **ROLES,
         )
     dora = adapters.dora(rank=4, alpha=4.0, targets="**/kernel")
-    attached = dora.attach(*dora.prepare(jax.random.key(0), frozen))
-    with pytest.raises(ValueError, match=r"layers/down/kernel: the mesh axis model splits the inputs"):
-        parallel.specs(attached, parallel.make_mesh("model=2"), **ROLES)
+    snell = adapters.snell(rank=4, targets="**/kernel")
+    for method, name in ((dora, "Rescaled"), (snell, "Kernelized")):
+        attached = method.attach(*method.prepare(jax.random.key(0), frozen))
+        with pytest.raises(ValueError, match=rf"kernel: the mesh axis model splits .*, not {name}"):
+            parallel.specs(attached, parallel.make_mesh("model=2"), **ROLES)
 
 
 def test_specs_of_views_and_arrays():

@@ -67,7 +67,7 @@ MORE = {
     "data=4": WHOLE,
     "fsdp=8": WHOLE | {"remat": "8bit", "chunk": 8},
     "data=2,fsdp=4": INT8 | {"remat": "linear", "accumulate": 1},
-    "fsdp=2,model=2": INT4 | {"adapter": "vera", "accumulate": 2},
+    "fsdp=2,model=2": INT4 | {"adapter": "lora_fa", "accumulate": 2},
     "data=2,fsdp=2,model=2": WHOLE | {"remat": "linear", "accumulate": 2, "optimizer": "adam_mini"},
 }
 
