@@ -389,11 +389,11 @@ def resolve(
     facts, of_keys = (tuple(map(xp.asarray, part)) for part in (mask.row_data(S, T), mask.column_data(S, T)))
     tiles = tuple(Tiles(xp.asarray(x), size) for x, size in mask.tile_data(S, T))
     if rows is not None:
-        rows = xp.asarray(_positions("rows", rows, S))
+        rows = xp.asarray(_positions("rows", rows, f"S={S}", S))
         facts = _taken(facts, rows)
         tiles = tuple(Tiles(x[..., rows // size[0], :], (1, size[1])) for x, size in tiles)
     if columns is not None:
-        columns = xp.asarray(_positions("columns", columns, T))
+        columns = xp.asarray(_positions("columns", columns, f"T={T}", T))
         of_keys = _taken(of_keys, columns)
         tiles = tuple(Tiles(x[..., columns // size[1]], (size[0], 1)) for x, size in tiles)
     shapes = [x.shape for x in (*facts, *of_keys)] + [x.shape for x, _ in tiles]
@@ -405,12 +405,12 @@ def resolve(
     return Facts(test, facts, of_keys, tiles, queries, keys, batch, heads, xp)
 
 
-def _positions(name: str, value: Any, n: int) -> Array:
+def _positions(name: str, value: Any, limit: str, n: int) -> Array:
     positions = as_int32(name, value)
     if positions.ndim != 1 or not positions.size:
         raise ValueError(f"{name}: expected positions [R], got shape {positions.shape}")
     if isinstance(positions, np.ndarray) and not ((positions >= 0) & (positions < n)).all():
-        raise ValueError(f"{name}: expected positions below {n}, got {positions.tolist()}")
+        raise ValueError(f"{name}: expected positions below {limit}, got {positions.tolist()}")
     return positions
 
 

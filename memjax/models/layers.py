@@ -145,7 +145,7 @@ def attend_blocks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    block_mask: sparse.BlockMask,
+    shown: sparse.Mask | sparse.BlockMask,
     implementation: Literal["xla"] | None = None,
 ) -> jax.Array:
     """Softmax attention through `memjax.attention.attend`, over the blocks that a mask leaves.
@@ -153,17 +153,19 @@ def attend_blocks(
     Args:
       q: ``[B, S, H, Dh]``.
       k, v: ``[B, T, Hk, Dh]``.
-      block_mask: such as `block_lists` makes.
+      shown: a mask, or its lists such as `block_lists` makes.
       implementation: None for the best that runs.
 
     Returns:
       ``[B, S, H * Dh]`` in the dtype of ``q``.
     """
 
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array, block_mask: sparse.BlockMask) -> jax.Array:
-        return sparse.attend(q, k, v, block_mask=block_mask, implementation=implementation)
+    name = "mask" if isinstance(shown, sparse.Mask) else "block_mask"
 
-    return checkpoint_name(join_heads(attention, q.shape[2])(q, k, v, block_mask), "attn_out")
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, shown: Any) -> jax.Array:
+        return sparse.attend(q, k, v, implementation=implementation, **{name: shown})
+
+    return checkpoint_name(join_heads(attention, q.shape[2])(q, k, v, shown), "attn_out")
 
 
 def block_lists(

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from memjax.attention import BlockMask, Mask, masks
+from memjax.attention import Mask, masks
 from memjax.models.layers import (
     Attention as AttentionChoice,
 )
@@ -300,19 +300,20 @@ class Llama(nnx.Module):
             raise ValueError("attention='cudnn' cannot tell segments apart; None and 'xla' can")
         shape = (batch, keys if rows is None else len(rows), self.config.num_heads, self.config.head_dim)
 
-        def lists(window: int | None, *more: Mask) -> BlockMask:
+        def shown(window: int | None, *more: Mask) -> Mask:
             past = masks.causal() if window is None else masks.window(window - 1, 0)
-            shown = functools.reduce(operator.and_, [*shared, *more])
-            shown = past & (shown | masks.sink(prompt) if prompt else shown)
-            return block_lists(shown, shape, keys, rows, implementation)
+            chosen = functools.reduce(operator.and_, [*shared, *more])
+            return past & (chosen | masks.sink(prompt) if prompt else chosen)
 
         if policy is None:
-            of_window = {window: lists(window) for window in self._windows()}
-            return lambda q, k, v, window: attend_blocks(q, k, v, of_window[window], implementation)
+            lists = {
+                window: block_lists(shown(window), shape, keys, rows, implementation) for window in self._windows()
+            }
+            return lambda q, k, v, window: attend_blocks(q, k, v, lists[window], implementation)
 
         def by_policy(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
             chosen = policy(jax.lax.stop_gradient(q), jax.lax.stop_gradient(k))
-            return attend_blocks(q, k, v, lists(window, chosen))
+            return attend_blocks(q, k, v, shown(window, chosen))
 
         return by_policy
 
