@@ -60,7 +60,7 @@ WHOLE = {"adapter": "none", "lr": 3e-3}
 RUNS = {
     "data=2": INT4,
     "fsdp=4": INT4 | {"remat": "none"},
-    "model=2": INT8,
+    "model=2": INT8 | {"attention": "window=6,sinks=2"},
     "fsdp=2": WHOLE | {"optimizer": "frugal", "update_gap": 2},
 }
 MORE = {
