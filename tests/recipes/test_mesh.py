@@ -65,7 +65,7 @@ RUNS = {
 }
 MORE = {
     "data=4": WHOLE,
-    "fsdp=8": WHOLE | {"remat": "8bit", "chunk": 8},
+    "fsdp=8": WHOLE | {"remat": "8bit"},
     "data=2,fsdp=4": INT8 | {"remat": "linear", "accumulate": 1},
     "fsdp=2,model=2": INT4 | {"adapter": "lora_fa", "accumulate": 2},
     "data=2,fsdp=2,model=2": WHOLE | {"remat": "linear", "accumulate": 2, "optimizer": "adam_mini"},
@@ -89,7 +89,8 @@ def test_losses_are_those_of_one_device(tiny, mesh):
     choices = {**RUNS, **MORE}[mesh]
     one, frozen, state = train(tiny, **choices)
     many, frozen_here, state_here = train(tiny, mesh, **choices)
-    np.testing.assert_allclose(many, one, rtol=1e-4)
+    # Packed residuals are off by their codes, on fewer arrays where a device's part is too small to pack.
+    np.testing.assert_allclose(many, one, rtol=1e-3 if choices.get("remat") == "8bit" else 1e-4)
     assert one[-1] < one[0]
     trees = {"frozen": (frozen, frozen_here), "theta": (state.theta, state_here.theta)}
     for name, (whole, here) in trees.items():

@@ -206,7 +206,7 @@ def check(base, adapter, optimizer, remat, loss, attention, transform):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     error = relative_error(grads, slopes)
     assert error < REMATS[remat]
-    if transform in ("jit", "scan"):  # a device's own part is too small to be worth codes
+    if transform == "jit":  # parts of the batch are too small to be worth codes
         assert remat == "none" or error > 1e-4
 
     tx = OPTIMIZERS[optimizer]()
