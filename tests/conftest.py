@@ -11,3 +11,8 @@ flags = ["--xla_force_host_platform_device_count=8"]
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     flags += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the notebooks first: a process that met them last would keep all others waiting."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_notebooks"))

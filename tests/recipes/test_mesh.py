@@ -58,12 +58,12 @@ def train(tiny, mesh=None, base=None, **choices):
 INT4, INT8 = {"base": codecs.int4(group=8), "rank": 4}, {"base": codecs.int8(group=8), "rank": 4}
 WHOLE = {"adapter": "none", "lr": 3e-3}
 RUNS = {
-    "data=2": INT4,
     "fsdp=4": INT4 | {"remat": "none"},
     "model=2": INT8 | {"attention": "window=6,sinks=2"},
-    "fsdp=2": WHOLE | {"optimizer": "frugal", "update_gap": 2},
 }
 MORE = {
+    "data=2": INT4,
+    "fsdp=2": WHOLE | {"optimizer": "frugal", "update_gap": 2},
     "data=4": WHOLE,
     "fsdp=8": WHOLE | {"remat": "8bit"},
     "data=2,fsdp=4": INT8 | {"remat": "linear", "accumulate": 1},
