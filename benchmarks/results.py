@@ -322,6 +322,33 @@ def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[s
     return parts
 
 
+OPTIMIZERS_NOTE = """Loss of held-out King James text in nats per token, mean and standard deviation over seeds, with
+the rate that was best on other held-out text. State is in bytes per trained parameter."""
+
+
+def _optimizers(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the table of the suites `optimizers` and `full_finetuning`: a line per method."""
+    base = rows[0]
+    header = ("method", "trained", "state / parameter", "rate", "held-out loss", f"minus {base['case']}", "ms / step")
+    lines = []
+    for row in rows:
+        same = row["run"] == base["run"]
+        lines.append(
+            [
+                row["case"],
+                f"{row['parameters']:,}",
+                f"{row['state_bytes_per_parameter']:.2f}",
+                f"{row['lr']:g}",
+                f"{row['after_mean']:.4f} ± {row['after_std']:.4f}",
+                f"{row['after_mean'] - base['after_mean']:+.4f}" if same else "-",
+                f"{row['step_ms']:.2f}",
+            ]
+        )
+    seeds, (batch, tokens) = ", ".join(map(str, base["seeds"])), base["batch"]
+    sizes = f"{base['layers']} layers, {base['steps']} steps of {batch} x {tokens} tokens, seeds {seeds}"
+    return [OPTIMIZERS_NOTE, f"**{sizes}**\n\n{_table(header, lines)}"]
+
+
 LADDER_NOTE = """A rung has one technique more than the one before, unless its name says what it replaces. Ratios are
 with the first row of a table, where it is of the same run; losses are of random weights and one random batch, a check
 that every rung learns. What a technique does to real losses is in the tables of formats, activations and optimizers."""
@@ -465,6 +492,8 @@ TABLES = {
     "adapters": _adapters,
     "activations": _activations,
     "activation_quality": _activation_quality,
+    "optimizers": _optimizers,
+    "full_finetuning": _optimizers,
     "scaling": _scaling,
     "flash_attention": _attention,
 }

@@ -1,0 +1,156 @@
+"""What fine-tuning all weights of SmolLM2-135M learns with little state, beside AdamW and LoRA: three seeds each.
+
+Every row is a run of `memjax finetune` with its settings, from the weights that the packed Q4_1 file decodes to, in
+bfloat16 with stochastic rounding, on the King James text: 50 steps of 4 windows of 256 tokens. Seed 0 trains with each
+of a method's candidate rates; the rate of the lowest loss on the second half of the held-out windows is taken for all
+seeds, and losses that are reported are of the first half.
+
+    python -m benchmarks.full_finetuning
+    python -m benchmarks.full_finetuning --cases 'FRUGAL*' --keep
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import quality
+from memjax import models, optim
+from memjax.core.views import is_view, materialize
+from memjax.recipes import data
+from memjax.recipes.data import Windows
+from memjax.recipes.evaluate import make_evaluate
+from memjax.recipes.finetuning import make_loss, make_parts
+from memjax.recipes.methods import Settings, make_adapter
+from memjax.recipes.optimizers import make_training
+from memjax.recipes.settings import FinetuneSettings, checked
+from memjax.recipes.train import init_state
+
+SEEDS = (0, 1, 2)
+
+
+class Method(NamedTuple):
+    """Settings of a run, and candidate rates."""
+
+    settings: dict[str, Any]
+    rates: tuple[float, ...]
+
+
+_ALL = {"adapter": "none"}
+METHODS: dict[str, Method] = {
+    "AdamW": Method(_ALL, (5e-5, 2e-4)),
+    "AdamW, 8 bits": Method(_ALL | {"optimizer": "adamw8bit"}, (5e-5, 2e-4)),
+    "FRUGAL 0.25": Method(_ALL | {"optimizer": "frugal"}, (5e-5, 2e-4)),
+    "FRUGAL 0.25, 8 bits, layer by layer": Method(_ALL | {"optimizer": "frugal8bit", "fused": True}, (5e-5, 2e-4)),
+    "BAdam": Method(_ALL | {"optimizer": "badam"}, (2e-4, 8e-4)),
+    "MeZO": Method(_ALL | {"optimizer": "mezo"}, (1e-7, 1e-6)),
+    "LoRA, rank 16": Method({"adapter": "lora", "rank": 16}, (1e-3, 2e-3)),
+}
+
+
+class Task(NamedTuple):
+    """The model, its weights dense; windows to train on, to choose a rate by and to report; steps; rows of a batch."""
+
+    model: models.Model
+    train: Windows
+    chosen_on: Windows
+    reported: Windows
+    steps: int
+    batch: int
+
+
+def load_task(options: argparse.Namespace) -> Task:
+    """Returns the fine-tuning of SmolLM2."""
+    model = quality.load_model(options.gguf, options.tiny, options.layers, "bfloat16")
+    params = jax.tree.map(lambda leaf: materialize(leaf) if is_view(leaf) else leaf, model.params, is_leaf=is_view)
+    small = bool(options.tiny or options.layers)
+    length = 64 if small else 256
+    train, held_out = (data.text_windows(tokens, length) for tokens in quality.load_text(model.tokenizer))
+    half = 2 if small else min(32, len(held_out.inputs) // 2)
+    windows = quality.head(held_out, half, 2 * half), quality.head(held_out, 0, half)
+    dense = models.Model(model.config, jax.device_put(params), model.tokenizer, model.name)
+    return Task(dense, train, *windows, options.steps or (4 if small else 50), 4)
+
+
+def measure(task: Task, method: Method) -> dict[str, Any]:
+    """Trains with every rate and seed and returns the row of a method."""
+    after, rates, times, best, lr = [], {}, [], math.inf, method.rates[0]
+    row: dict[str, Any] = {}
+    for seed in SEEDS:
+        kept = math.nan
+        for rate in method.rates if seed == SEEDS[0] else (lr,):
+            settings = checked(
+                FinetuneSettings(
+                    model="smollm2",
+                    lr=rate,
+                    seed=seed,
+                    steps=task.steps,
+                    batch=task.batch,
+                    schedule="cosine",
+                    warmup=min(5, task.steps - 1),
+                    **method.settings,
+                )
+            )
+            assert settings.targets is not None and settings.lr is not None
+            chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
+            adapter = make_adapter(settings.adapter, task.model.params, chosen)
+            started = (task.model.params,) if settings.adapter == "none" else (jax.random.key(seed), task.model.params)
+            frozen, theta = adapter.prepare(*started)
+            loss = make_loss(task.model, adapter, settings, dropout=False)
+            training = make_training(settings, loss, make_parts(task.model, settings), task.model.config.num_layers)
+
+            @functools.partial(jax.jit, donate_argnums=0)
+            def train(state: Any, frozen: Any, batches: Windows, training: Any = training) -> Any:
+                return jax.lax.scan(lambda state, batch: training.step(state, frozen, batch), state, batches)[0]
+
+            state = init_state(jax.tree.map(jnp.copy, theta), training)
+            size = sum(leaf.size for leaf in jax.tree.leaves(theta))
+            row |= {"parameters": size, "state_bytes": optim.state_bytes(state.opt_state)}
+            batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
+            run = train.lower(state, frozen, batches).compile()
+            start = time.perf_counter()
+            state = jax.block_until_ready(run(state, frozen, batches))
+            times.append(time.perf_counter() - start)
+            evaluate = make_evaluate(loss)
+            if seed == SEEDS[0]:
+                rates[str(rate)] = evaluate(state.theta, frozen, task.chosen_on, 16).nll
+                if not rates[str(rate)] < best:
+                    continue
+                best, lr = rates[str(rate)], rate
+            kept = evaluate(state.theta, frozen, task.reported, 16).nll
+        after.append(kept)
+    return row | {
+        "settings": method.settings,
+        "layers": task.model.config.num_layers,
+        "state_bytes_per_parameter": row["state_bytes"] / row["parameters"],
+        "steps": task.steps,
+        "batch": [task.batch, int(task.train.inputs.shape[1])],
+        "seeds": list(SEEDS),
+        "lr": lr,
+        "rates": rates,
+        "step_ms": 1e3 * min(times) / task.steps,
+        "after": after,
+        "after_mean": statistics.mean(after),
+        "after_std": statistics.stdev(after),
+    }
+
+
+def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Returns the cases, which share the model and the text."""
+    task = functools.cache(lambda: load_task(options))
+    return {name: lambda method=method: measure(task(), method) for name, method in METHODS.items()}
+
+
+if __name__ == "__main__":
+    quality.main("full_finetuning", cases_of)
