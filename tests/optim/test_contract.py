@@ -57,6 +57,13 @@ def test_state_takes_the_bytes_of_the_formula(row):
 
 
 @each
+def test_no_two_leaves_of_the_state_are_one_buffer(row):
+    """Which could not be donated."""
+    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(row.make().init(params())) if jnp.size(leaf)]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in arrays}) == len(arrays)
+
+
+@each
 def test_one_trace_serves_all_switches_and_every_leaf_moves(row):
     points, (_, _, traces) = trajectory(row), runner(row)
     assert len(traces) == 1
