@@ -27,6 +27,9 @@ from memjax.optim.tables import leaf_words
 from pallas_kernels.optim import adam8bit_step, adam8bit_unsupported, adam_scalars, round_stochastic
 from pallas_kernels.packed_matmul import on_hopper
 
+CHUNK = 2**23
+"""Elements of an encoded leaf that `scale_by_adam8bit` and its kin take at a time where arrays are whole."""
+
 
 class MomentState(NamedTuple):
     """Moments of every leaf.
@@ -95,10 +98,18 @@ def _scale_by(rule: Rule, form: StateFormat, second: bool) -> optax.GradientTran
         del params
         count = optax.safe_increment(state.count)
 
+        def move(first: Any, g: jax.Array, *stored: Any) -> tuple[Any, ...]:
+            del first
+            found, moments = rule(g.astype(jnp.float32), count, tuple(decode(m, g.shape) for m in stored))
+            return found.astype(g.dtype), *map(encode, moments, stored)
+
         def step(index: int, g: jax.Array, *stored: Any) -> tuple[jax.Array, tuple[Any, ...]]:
             del index
-            found, moments = rule(g.astype(jnp.float32), count, tuple(decode(m, g.shape) for m in stored))
-            return found.astype(g.dtype), tuple(map(encode, moments, stored))
+            # What a mesh cuts is taken whole: pieces of it would be put together on every device.
+            chunked = isinstance(stored[0], Packed) and whole_arrays()
+            pieces = _pieces(g.size, stored[0], CHUNK) if chunked else 1
+            found, *moments = move(0, g, *stored) if pieces == 1 else _in_pieces(move, pieces, (g, *stored))
+            return found, tuple(moments)
 
         return _each_leaf(step, (updates,), state, count)
 
@@ -290,7 +301,15 @@ def _apply(
             if made is not None:
                 return made
         pieces = 1 if how.chunk is None or not isinstance(stored[0], Packed) else _pieces(p.size, stored[0], how.chunk)
-        new, *moments = move(0, p, g, *stored) if pieces == 1 else _in_pieces(move, pieces, p, g, stored)
+        if pieces == 1:
+            new, *moments = move(0, p, g, *stored)
+        else:
+            slopes = g.reshape(pieces, -1)
+
+            def with_slopes(first: Any, p: jax.Array, *stored: Any) -> tuple[Any, ...]:
+                return move(first, p, slopes[first // slopes.shape[1]], *stored)
+
+            new, *moments = _in_pieces(with_slopes, pieces, (p, *stored))
         return new, tuple(moments)
 
     return _each_leaf(step, (params, grads, decays), state, count)
@@ -303,19 +322,17 @@ def _pieces(size: int, moment: Packed, chunk: int) -> int:
     return next(n for n in range(min(-(-size // chunk), blocks), blocks + 1) if blocks % n == 0)
 
 
-def _in_pieces(move: Callable[..., Any], pieces: int, p: jax.Array, g: jax.Array, stored: tuple[Any, ...]) -> list[Any]:
-    """Returns what ``move`` makes of a leaf piece by piece, written in the place of what was there."""
-    before = (p, *stored)
-    cut = jax.tree.map(lambda part: part.reshape(pieces, -1), (p, *stored))
-    slopes = g.reshape(pieces, -1)
+def _in_pieces(move: Callable[..., Any], pieces: int, leaf: tuple[Any, ...]) -> list[Any]:
+    """Returns what ``move(first element, *parts)`` makes of a leaf piece by piece, in the place of what was there."""
+    cut = jax.tree.map(lambda part: part.reshape(pieces, -1), leaf)
+    size = cut[0].shape[1]
 
     def body(i: Any, cut: Any) -> Any:
-        p, *moments = jax.tree.map(lambda part: part[i], cut)
-        made = tuple(move(i * slopes.shape[1], p, slopes[i], *moments))
+        made = tuple(move(i * size, *jax.tree.map(lambda part: part[i], cut)))
         return jax.tree.map(lambda part, new: lax.dynamic_update_index_in_dim(part, new, i, 0), cut, made)
 
     cut = lax.fori_loop(0, pieces, body, cut)
-    return list(jax.tree.map(lambda part, like: part.reshape(like.shape), cut, before))
+    return list(jax.tree.map(lambda part, like: part.reshape(like.shape), cut, leaf))
 
 
 _step_by_kernel: Callable[..., tuple[jax.Array, ...]] = functools.partial(adam8bit_step, implementation="mosaic_gpu")

@@ -24,6 +24,7 @@ from memjax.codecs.fused import varying_like, whole_arrays
 from memjax.core.paths import leaf_paths, lookup
 from memjax.core.views import Axes
 from memjax.optim import routing, splits, tables
+from memjax.optim.adam8bit import scale_by_adam8bit
 from memjax.optim.bf16 import apply_updates_stochastic
 from memjax.optim.matrices import MatrixSpec, as_matrices, from_matrices, matrix_shape, matrix_spec
 from memjax.optim.quantized_state import quantize_state
@@ -273,15 +274,20 @@ def scale_by_frugal(
     whole_inner = optax.with_extra_args_support(base)
     selected_inner = _switching(base, on_switch)
     if state_bits != 32:
-        whole_inner, selected_inner = (
-            quantize_state(whole_inner, state_bits),
-            quantize_state(selected_inner, state_bits),
-        )
+        selected_inner = quantize_state(selected_inner, state_bits)
+        if inner is None:  # which goes through large leaves piece by piece
+            whole_inner = optax.with_extra_args_support(scale_by_adam8bit(b1, b2, eps, bits=state_bits))
+        else:
+            whole_inner = quantize_state(whole_inner, state_bits)
+    whole_dtype = None if state_bits != 32 and inner is None else jnp.float32
     free = _state_free(state_free, state_free_scale)
 
     def keep_whole(tree: Any, whole: set[int]) -> Any:
         leaves, treedef = jax.tree.flatten(tree)
-        kept = [leaf.astype(jnp.float32) if i in whole else optax.MaskedNode() for i, leaf in enumerate(leaves)]
+        kept = [
+            (leaf if whole_dtype is None else leaf.astype(whole_dtype)) if i in whole else optax.MaskedNode()
+            for i, leaf in enumerate(leaves)
+        ]
         return jax.tree.unflatten(treedef, kept)
 
     def init(params: Any) -> FrugalState:

@@ -1,6 +1,7 @@
 """Moments in 8 and 4 bits: codes, bytes, and fifty steps beside a plain transcription."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memjax import codecs
 from memjax import optim as low
-from memjax.core import nbytes
+from memjax.core import compiled_bytes, nbytes
 from memjax.optim import quantized_state as stored
 from pallas_kernels.optim.formats import dynamic_levels
 
@@ -237,3 +238,23 @@ def test_shards_that_hold_whole_blocks_make_the_codes_of_one_device(spec):
     np.testing.assert_array_equal(new.mu["w"].planes[0], expected.mu["w"].planes[0])
     np.testing.assert_array_equal(new.nu["w"].planes[0], expected.nu["w"].planes[0])
     np.testing.assert_allclose(updates["w"], alone["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tx", [low.scale_by_adam8bit(), low.scale_by_lion8bit(bits=4)], ids=["adam", "lion"])
+def test_large_leaves_are_moved_piece_by_piece_to_the_same_end(tx, monkeypatch):
+    """Where arrays are whole; float32 moments of a piece alone then exist."""
+    module, size = importlib.import_module("memjax.optim.adam8bit"), 2**19
+    p = jnp.zeros(size, jnp.bfloat16)
+    ends, temporaries = [], []
+    for chunk in (size, size // 16):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "whole_arrays", lambda: True)
+        state, rng = tx.init(p), np.random.default_rng(0)
+        update = jax.jit(lambda g, state: tx.update(g, state), donate_argnums=(0, 1))
+        lowered = update.lower(p, jax.eval_shape(tx.init, p))
+        temporaries.append(compiled_bytes(lowered.compile()).temp)
+        for _ in range(3):
+            found, state = update(jnp.asarray(rng.normal(size=size), jnp.bfloat16), state)
+        ends.append((found, state))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert temporaries[1] < temporaries[0] / 3
