@@ -29,8 +29,8 @@ from memjax.recipes.generation import continue_tokens
 from memjax.recipes.methods import METHODS, Settings, make_adapter
 from memjax.recipes.optimizers import make_training
 from memjax.recipes.plots import plot_run
-from memjax.recipes.report import ByteReport, byte_report, residual_bytes, working_bytes
-from memjax.recipes.settings import FREE_SETTINGS, Dtype, FinetuneSettings, checked, concrete
+from memjax.recipes.report import ByteReport, byte_report, human, residual_bytes, working_bytes
+from memjax.recipes.settings import FREE_SETTINGS, Dtype, FinetuneSettings, checked, concrete, with_defaults
 from memjax.recipes.train import LossFn, check_finite, init_on_mesh, init_state
 from memjax.recipes.whole import TrainedWeights
 from memjax.weights import lift
@@ -163,7 +163,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     }
     checkpoints = Checkpoints(out, keep=settings.keep)
     if settings.resume:
-        check_same(checkpoints.settings(), recorded, FREE_SETTINGS)
+        check_same(with_defaults(checkpoints.settings()), recorded, FREE_SETTINGS)
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     frozen, start = _start(adapter, model.params, settings, out)
@@ -259,6 +259,9 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
             if metrics.grad_norm is not None:
                 row["grad_norm"] = float(metrics.grad_norm)
             metrics_log.append(row)
+            if i == done + 2:
+                size = human(compiled_bytes(compiled).total)
+                console.print(f"{tokens / seconds:,.0f} tokens/s in the first three steps; {size} by XLA's count")
             progress.update(bar, completed=i + 1, loss=row["loss"], speed=tokens / seconds)
             # Evaluated first, so that a kill between the two leaves no checkpoint without its evaluation.
             if _due(i + 1, settings.eval_every, settings.steps):

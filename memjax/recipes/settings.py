@@ -186,6 +186,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
+def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recorded settings of a run with those that there were not yet when it began."""
+    fields = dataclasses.fields(FinetuneSettings)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | recorded
+
+
 def concrete(dtype: Dtype) -> str:
     """Returns the dtype that "auto" stands for on this machine; others as they are."""
     if dtype == "auto":

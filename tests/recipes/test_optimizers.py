@@ -14,7 +14,7 @@ from memjax.recipes.checkpoint import read_metrics
 from memjax.recipes.finetuning import finetune, make_loss, make_parts
 from memjax.recipes.methods import Settings, make_adapter
 from memjax.recipes.optimizers import OPTIMIZERS, make_training
-from memjax.recipes.settings import FinetuneSettings, checked, read_toml
+from memjax.recipes.settings import FinetuneSettings, checked, read_toml, with_defaults
 from memjax.recipes.train import check_finite, init_state
 
 QUIET = Console(quiet=True)
@@ -132,6 +132,12 @@ def test_packed_weights_are_not_trained_and_some_weights_may_be(tiny):
     frozen, theta = adapter.prepare(model.params)
     assert len(jax.tree.leaves(theta)) == 3
     jax.tree.map(np.testing.assert_array_equal, adapter.attach(frozen, theta), model.params)
+
+
+def test_a_run_that_began_before_a_setting_existed_has_its_default():
+    recorded = dataclasses.asdict(FinetuneSettings(model="tiny", lr=1.0)) | {"data_sha256": "0"}
+    older = {name: value for name, value in recorded.items() if name not in ("optimizer", "fused", "density")}
+    assert with_defaults(older) == recorded
 
 
 def test_settings_come_from_toml_and_the_command_line_goes_before(tiny_model, text_file, tmp_path, capsys):
