@@ -6,7 +6,7 @@ PIP      := python -m pip install --quiet --disable-pip-version-check --constrai
 PINS     := pyproject.toml constraints.txt requirements-models.txt Makefile
 SOURCES  := memjax pallas_kernels benchmarks tests
 PYTEST   ?= -q
-PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 export JAX_PLATFORMS ?= cpu
 
