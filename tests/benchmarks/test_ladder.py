@@ -6,7 +6,7 @@ from benchmarks import finetune, ladder, results
 from tests.benchmarks.test_activations import FACTS
 
 
-@pytest.mark.parametrize("rung", ["memjax: LoRA", "all weights"])
+@pytest.mark.parametrize("rung", ["memjax: LoRA", pytest.param("all weights", marks=pytest.mark.slow)])
 def test_a_tiny_rung_trains(rung, monkeypatch):
     monkeypatch.setattr(finetune, "REPEATS", 3)
     row = ladder.run_case(f"tiny/{rung}")

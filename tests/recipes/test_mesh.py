@@ -104,6 +104,7 @@ def test_losses_are_those_of_one_device(tiny, mesh):
         assert on_one_device(state_here.opt_state) < 0.6 * nbytes(state.opt_state)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_its_mesh(tiny_model, text_file, tmp_path):
     settings = FinetuneSettings(
         model=str(tiny_model), data=str(text_file), out=str(tmp_path), format="int4", group=8, rank=4, batch=4, seq=16,
