@@ -133,15 +133,10 @@ def query_gradient(
     Raises:
       ValueError: operands that do not fit each other.
     """
-    _check(q, k, by_query, blocks, pages, 0, v=v, do=do, lse=lse, delta=delta, elements=elements)
-    _check_dropout(dropout, seed)
     settings: dict[str, Any] = {"blocks": blocks, "scale": scale, "softcap": softcap, "score_mod": score_mod}
     settings |= {"dropout": dropout, "seed": seed}
-    reason = backward.backward_unsupported(q, k, v, blocks=blocks, score_mod=score_mod, pages=pages)
-    if runs_kernel("flash_attention query_gradient", reason, implementation):
-        return backward.query_gradient(q, k, v, do, lse, delta, by_query, elements, **settings)
-    module = _MODULES[implementation]
-    return module.query_gradient(q, k, v, do, lse, delta, by_query, elements, pages=pages, **settings)
+    operands = q, k, v, do, lse, delta, by_query, elements
+    return _gradients("query_gradient", 0, operands, settings, pages, implementation)
 
 
 def key_value_gradients(
@@ -174,15 +169,25 @@ def key_value_gradients(
     Raises:
       ValueError: operands that do not fit each other.
     """
-    _check(q, k, by_key, blocks, pages, 1, v=v, do=do, lse=lse, delta=delta, elements=elements)
-    _check_dropout(dropout, seed)
     settings: dict[str, Any] = {"blocks": blocks, "scale": scale, "softcap": softcap, "score_mod": score_mod}
     settings |= {"dropout": dropout, "seed": seed}
-    reason = backward.backward_unsupported(q, k, v, blocks=blocks, score_mod=score_mod, pages=pages)
-    if runs_kernel("flash_attention key_value_gradients", reason, implementation):
-        return backward.key_value_gradients(q, k, v, do, lse, delta, by_key, elements, **settings)
-    module = _MODULES[implementation]
-    return module.key_value_gradients(q, k, v, do, lse, delta, by_key, elements, pages=pages, **settings)
+    operands = q, k, v, do, lse, delta, by_key, elements
+    return _gradients("key_value_gradients", 1, operands, settings, pages, implementation)
+
+
+def _gradients(
+    name: str, side: int, operands: tuple[Any, ...], settings: dict[str, Any], pages: Any, implementation: Any
+) -> Any:
+    """Returns what the function ``name`` of an implementation makes of the operands; side: as in `_check`."""
+    q, k, v, do, lse, delta, lists, elements = operands
+    _check(q, k, lists, settings["blocks"], pages, side, v=v, do=do, lse=lse, delta=delta, elements=elements)
+    _check_dropout(settings["dropout"], settings["seed"])
+    reason = backward.backward_unsupported(
+        q, k, v, blocks=settings["blocks"], score_mod=settings["score_mod"], pages=pages
+    )
+    if runs_kernel(f"flash_attention {name}", reason, implementation):
+        return getattr(backward, name)(*operands, **settings)
+    return getattr(_MODULES[implementation], name)(*operands, pages=pages, **settings)
 
 
 def column_sums(

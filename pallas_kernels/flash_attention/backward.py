@@ -44,7 +44,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _mgpu
 from pallas_kernels._bits import seed_words
 from pallas_kernels.flash_attention.lists import BlockList, Elements
-from pallas_kernels.flash_attention.scores import ScoreMod, stays
+from pallas_kernels.flash_attention.scores import ScoreMod, reads_arrays, stays
 
 STEP = 64  # queries and keys of the scores that a warpgroup computes at once
 SMEM_BYTES = 227 * 1024 - 2048  # of a block, less the barriers
@@ -118,11 +118,8 @@ def backward_unsupported(
         return f"blocks are {blocks}, which are no multiples of {STEP}"
     if pages is not None:
         return "keys and values are in pages"
-    if score_mod is not None:
-        place = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
-        traced = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), jnp.float32), *place)
-        if traced.consts:
-            return "score_mod reads arrays, of which a kernel knows nothing"
+    if score_mod is not None and reads_arrays(score_mod):
+        return "score_mod reads arrays, of which a kernel knows nothing"
     return None
 
 

@@ -41,7 +41,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _mgpu
 from pallas_kernels._bits import seed_words
 from pallas_kernels.flash_attention.lists import BlockList, Elements
-from pallas_kernels.flash_attention.scores import Reduce, ScoreMod, stays
+from pallas_kernels.flash_attention.scores import Reduce, ScoreMod, reads_arrays, stays
 
 BLOCK = 128
 """Rows of the tile that a block holds: queries of `forward`, keys of `column_sums`."""
@@ -128,10 +128,8 @@ def unsupported(
         return f"blocks of {fixed} {sides[0]} and {moving} {sides[1]}; the kernels take {BLOCK} and multiples of 64"
     if pages is not None and k.shape[1] != blocks[1]:
         return f"pages of {k.shape[1]} keys; the kernels take pages of a block's {blocks[1]}"
-    if score_mod is not None:
-        numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 4)]
-        if jax.make_jaxpr(score_mod)(*numbers).consts:
-            return "a score_mod that reads arrays; the kernels take one of its arguments alone"
+    if score_mod is not None and reads_arrays(score_mod):
+        return "a score_mod that reads arrays; the kernels take one of its arguments alone"
     return None
 
 

@@ -17,6 +17,12 @@ ScoreMod = Callable[..., jax.Array]
 """``score_mod(s, b, h, q, k) -> s``: float32 scores and int32 positions that broadcast against them."""
 
 
+def reads_arrays(score_mod: ScoreMod) -> bool:
+    """Returns whether a ``score_mod`` reads arrays besides its arguments, of which a kernel knows nothing."""
+    numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 4)]
+    return bool(jax.make_jaxpr(score_mod)(*numbers).consts)
+
+
 def modified(s: jax.Array, softcap: float | None, score_mod: ScoreMod | None, *positions: jax.Array) -> jax.Array:
     """Returns scaled scores after ``softcap * tanh(s / softcap)``, then after ``score_mod(s, b, h, q, k)``."""
     if softcap is not None:
