@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -85,65 +83,53 @@ def load_task(options: argparse.Namespace) -> Task:
 
 def measure(task: Task, method: Method) -> dict[str, Any]:
     """Trains with every rate and seed and returns the row of a method."""
-    after, rates, times, best, lr = [], {}, [], math.inf, method.rates[0]
-    row: dict[str, Any] = {}
-    for seed in SEEDS:
-        kept = math.nan
-        for rate in method.rates if seed == SEEDS[0] else (lr,):
-            settings = checked(
-                FinetuneSettings(
-                    model="smollm2",
-                    lr=rate,
-                    seed=seed,
-                    steps=task.steps,
-                    batch=task.batch,
-                    schedule="cosine",
-                    warmup=min(5, task.steps - 1),
-                    **method.settings,
-                )
+    sizes: dict[str, int] = {}
+
+    def trained(seed: int, rate: float) -> tuple[Callable[[Windows], float], float]:
+        settings = checked(
+            FinetuneSettings(
+                model="smollm2",
+                lr=rate,
+                seed=seed,
+                steps=task.steps,
+                batch=task.batch,
+                schedule="cosine",
+                warmup=min(5, task.steps - 1),
+                **method.settings,
             )
-            assert settings.targets is not None and settings.lr is not None
-            chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
-            adapter = make_adapter(settings.adapter, task.model.params, chosen)
-            started = (task.model.params,) if settings.adapter == "none" else (jax.random.key(seed), task.model.params)
-            frozen, theta = adapter.prepare(*started)
-            loss = make_loss(task.model, adapter, settings, dropout=False)
-            training = make_training(settings, loss, make_parts(task.model, settings), task.model.config.num_layers)
+        )
+        assert settings.targets is not None and settings.lr is not None
+        chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
+        adapter = make_adapter(settings.adapter, task.model.params, chosen)
+        frozen, theta = adapter.prepare(jax.random.key(seed), task.model.params)
+        loss = make_loss(task.model, adapter, settings, dropout=False)
+        training = make_training(settings, loss, make_parts(task.model, settings), task.model.config.num_layers)
 
-            @functools.partial(jax.jit, donate_argnums=0)
-            def train(state: Any, frozen: Any, batches: Windows, training: Any = training) -> Any:
-                return jax.lax.scan(lambda state, batch: training.step(state, frozen, batch), state, batches)[0]
+        @functools.partial(jax.jit, donate_argnums=0)
+        def train(state: Any, frozen: Any, batches: Windows) -> Any:
+            return jax.lax.scan(lambda state, batch: training.step(state, frozen, batch), state, batches)[0]
 
-            state = init_state(jax.tree.map(jnp.copy, theta), training)
-            size = sum(leaf.size for leaf in jax.tree.leaves(theta))
-            row |= {"parameters": size, "state_bytes": optim.state_bytes(state.opt_state)}
-            batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
-            run = train.lower(state, frozen, batches).compile()
-            start = time.perf_counter()
-            state = jax.block_until_ready(run(state, frozen, batches))
-            times.append(time.perf_counter() - start)
-            evaluate = make_evaluate(loss)
-            if seed == SEEDS[0]:
-                rates[str(rate)] = evaluate(state.theta, frozen, task.chosen_on, 16).nll
-                if not rates[str(rate)] < best:
-                    continue
-                best, lr = rates[str(rate)], rate
-            kept = evaluate(state.theta, frozen, task.reported, 16).nll
-        after.append(kept)
-    return row | {
-        "settings": method.settings,
-        "layers": task.model.config.num_layers,
-        "state_bytes_per_parameter": row["state_bytes"] / row["parameters"],
-        "steps": task.steps,
-        "batch": [task.batch, int(task.train.inputs.shape[1])],
-        "seeds": list(SEEDS),
-        "lr": lr,
-        "rates": rates,
-        "step_ms": 1e3 * min(times) / task.steps,
-        "after": after,
-        "after_mean": statistics.mean(after),
-        "after_std": statistics.stdev(after),
-    }
+        state = init_state(jax.tree.map(jnp.copy, theta), training)
+        sizes["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(theta))
+        sizes["state_bytes"] = optim.state_bytes(state.opt_state)
+        batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
+        run = train.lower(state, frozen, batches).compile()
+        start = time.perf_counter()
+        state = jax.block_until_ready(run(state, frozen, batches))
+        seconds, evaluate = time.perf_counter() - start, make_evaluate(loss)
+        return lambda windows: evaluate(state.theta, frozen, windows, 16).nll, seconds
+
+    found = quality.with_best_rate(trained, method.rates, SEEDS, task.chosen_on, task.reported, task.steps)
+    return (
+        found
+        | sizes
+        | {
+            "settings": method.settings,
+            "layers": task.model.config.num_layers,
+            "state_bytes_per_parameter": sizes["state_bytes"] / sizes["parameters"],
+            "batch": [task.batch, int(task.train.inputs.shape[1])],
+        }
+    )
 
 
 def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:

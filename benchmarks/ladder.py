@@ -174,10 +174,7 @@ def build(shape: Shape, settings: dict[str, Any]) -> harness.Workload:
             )
 
         params = map_with_path(make, abstract)
-        if chosen.adapter == "none":
-            frozen, theta = adapter.prepare(params)
-        else:
-            frozen, theta = adapter.prepare(next(keys), params)
+        frozen, theta = adapter.prepare(next(keys), params)
         return init_state(theta, training), frozen
 
     def step(state: Any, frozen: Any, tokens: Any) -> tuple[Any, Any]:

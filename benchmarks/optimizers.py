@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,38 +73,23 @@ def measure(task: Task, method: Method, chosen_on: Windows) -> dict[str, Any]:
         return quality.train(loss, tx, theta, {}, batches)[0]
 
     evaluate = make_evaluate(loss)
-    after, rates, times, best, lr = [], {}, [], math.inf, method.rates[0]
-    for seed in SEEDS:
+
+    def trained(seed: int, rate: float) -> tuple[Callable[[Windows], float], float]:
         batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
-        kept: Any = None
-        for rate in method.rates if seed == SEEDS[0] else (lr,):
-            start = time.perf_counter()
-            theta = jax.block_until_ready(train(task.start(seed)[0], batches, rate))
-            times.append(time.perf_counter() - start)
-            if seed == SEEDS[0]:
-                rates[str(rate)] = evaluate(theta, {}, chosen_on, 16).nll
-                if not rates[str(rate)] < best:
-                    continue
-                best, lr = rates[str(rate)], rate
-            kept = theta
-        after.append(math.nan if kept is None else evaluate(kept, {}, task.held_out, 16).nll)
+        start = time.perf_counter()
+        theta = jax.block_until_ready(train(task.start(seed)[0], batches, rate))
+        return lambda windows: evaluate(theta, {}, windows, 16).nll, time.perf_counter() - start
+
+    found = quality.with_best_rate(trained, method.rates, SEEDS, chosen_on, task.held_out, task.steps)
     params = task.start(SEEDS[0])[0]
-    state = jax.eval_shape(method.make(lr).init, params)
+    state = jax.eval_shape(method.make(found["lr"]).init, params)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return {
+    return found | {
         "parameters": count,
         "layers": task.model.config.num_layers,
         "state_bytes": optim.state_bytes(state),
         "state_bytes_per_parameter": optim.state_bytes(state) / count,
-        "steps": task.steps,
         "batch": [task.batch, int(task.train.inputs.shape[1])],
-        "seeds": list(SEEDS),
-        "lr": lr,
-        "rates": rates,
-        "step_ms": 1e3 * min(times) / task.steps,
-        "after": after,
-        "after_mean": statistics.mean(after),
-        "after_std": statistics.stdev(after),
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,49 @@ def train(loss: LossFn, tx: Any, theta: Any, frozen: Any, batches: Windows, seed
     step = make_step(loss, tx, seed=seed)
     state, metrics = jax.lax.scan(lambda state, batch: step(state, frozen, batch), init_state(theta, tx), batches)
     return state.theta, metrics
+
+
+def with_best_rate(
+    train: Callable[[int, float], tuple[Callable[[Windows], float], float]],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    chosen_on: Windows,
+    reported: Windows,
+    steps: int,
+) -> dict[str, Any]:
+    """Trains the first seed with every rate and all seeds with the best, and returns what a row says of that.
+
+    Args:
+      train: (seed, rate) -> (function from windows to their loss after training, seconds of the training).
+      rates: candidates.
+      seeds: at least two.
+      chosen_on: windows by whose loss the rate is chosen.
+      reported: windows whose loss is reported.
+      steps: of a training.
+    """
+    after, by_rate, times, best, lr = [], {}, [], math.inf, rates[0]
+    for seed in seeds:
+        kept = None
+        for rate in rates if seed == seeds[0] else (lr,):
+            loss_of, seconds = train(seed, rate)
+            times.append(seconds)
+            if seed == seeds[0]:
+                by_rate[str(rate)] = loss_of(chosen_on)
+                if not by_rate[str(rate)] < best:
+                    continue
+                best, lr = by_rate[str(rate)], rate
+            kept = loss_of
+        after.append(math.nan if kept is None else kept(reported))
+    return {
+        "steps": steps,
+        "seeds": list(seeds),
+        "lr": lr,
+        "rates": by_rate,
+        "step_ms": 1e3 * min(times) / steps,
+        "after": after,
+        "after_mean": statistics.mean(after),
+        "after_std": statistics.stdev(after),
+    }
 
 
 def main(

@@ -317,7 +317,7 @@ def _start(
     constants keeps its start in ``start/``.
     """
     if isinstance(adapter, TrainedWeights):
-        return adapter.prepare(params)
+        return adapter.prepare(jax.random.key(settings.seed), params)
     if settings.resume and adapter.anchored:
         return adapters.load(out / "start", params)[1:]
     frozen, theta = adapter.prepare(jax.random.key(settings.seed), params)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from memjax.core.paths import Patterns
 from memjax.core.roles import check_trained, combine, partition
 
@@ -19,13 +21,14 @@ class TrainedWeights:
 
     targets: Patterns = "**"
 
-    def prepare(self, params: Any) -> tuple[Any, Any]:
-        """Returns (the other leaves, the chosen ones).
+    def prepare(self, key: jax.Array, params: Any) -> tuple[Any, Any]:
+        """Returns (the other leaves, the chosen ones); nothing of them is random, so the key decides nothing.
 
         Raises:
           ValueError: a pattern that matches nothing.
           TypeError: a chosen leaf that is packed.
         """
+        del key
         theta, frozen = partition(params, self.targets)
         check_trained(theta)
         return frozen, theta

@@ -37,7 +37,7 @@ def train(tiny, mesh=None, base=None, **choices):
     params = model.params if base is None else weights.quantize(model.params, base, where="layers/**/kernel")
     chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
     adapter = make_adapter(settings.adapter, params, chosen)
-    frozen, theta = adapter.prepare(*([] if settings.adapter == "none" else [jax.random.key(0)]), params)
+    frozen, theta = adapter.prepare(jax.random.key(0), params)
     devices = None if mesh is None else parallel.make_mesh(mesh)
     loss = make_loss(model, adapter, settings, dropout=False, mesh=devices)
     training = make_training(settings, loss, make_parts(model, settings), model.config.num_layers)

@@ -36,8 +36,7 @@ def train(tiny, steps=12, **choices):
         model = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
     chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
     adapter = make_adapter(settings.adapter, model.params, chosen)
-    started = adapter.prepare(*([] if settings.adapter == "none" else [jax.random.key(0)]), model.params)
-    frozen, theta = started
+    frozen, theta = adapter.prepare(jax.random.key(0), model.params)
     loss = make_loss(model, adapter, settings, dropout=False)
     training = make_training(settings, loss, make_parts(model, settings), model.config.num_layers)
     state, losses = init_state(jax.tree.map(jnp.copy, theta), training), []
@@ -127,9 +126,9 @@ def test_choices_that_contradict_each_other_are_named(choices, message):
 def test_packed_weights_are_not_trained_and_some_weights_may_be(tiny):
     model = models.load(tiny[0].name, dtype="float32", weights=codecs.int8(group=16))
     with pytest.raises(TypeError, match=r"layers/.*kernel: a weight view .* cannot be trained"):
-        make_adapter("none", model.params, Settings(None, None, ("**",), 1e-3)).prepare(model.params)
+        make_adapter("none", model.params, Settings(None, None, ("**",), 1e-3)).prepare(jax.random.key(0), model.params)
     adapter = make_adapter("none", model.params, Settings(None, None, ("**/scale",), 1e-3))
-    frozen, theta = adapter.prepare(model.params)
+    frozen, theta = adapter.prepare(jax.random.key(0), model.params)
     assert len(jax.tree.leaves(theta)) == 3
     jax.tree.map(np.testing.assert_array_equal, adapter.attach(frozen, theta), model.params)
 

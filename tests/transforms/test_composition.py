@@ -116,9 +116,8 @@ def start(base, adapter):
     if BASES[base] is not None:
         params = weights.quantize(params, BASES[base], where=TARGETS)
     method = ADAPTERS[adapter]()
-    whole = isinstance(method, TrainedWeights)
-    frozen, theta = method.prepare(*(() if whole else (jax.random.key(1),)), params)
-    if not whole:
+    frozen, theta = method.prepare(jax.random.key(1), params)
+    if not isinstance(method, TrainedWeights):
         rng = np.random.default_rng(2)
         theta = jax.tree.map(lambda x: x + jnp.asarray(0.02 * rng.normal(size=x.shape), x.dtype), theta)
 
