@@ -452,6 +452,45 @@ def _attention(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str
     return parts
 
 
+ATTENTION_QUALITY_NOTE = """SmolLM2-135M as it is, in bfloat16, on held-out King James text: losses in nats per token,
+and what they are above those of dense attention for the same tokens, over all of them (in brackets, the window with the
+least and that with the most), and by position in the window. Elements are what masks show and blocks what holds such an
+element, of the causal ones, means over layers, heads and windows. A selection asks the queries of a whole block, and
+vertical-slash the last 64 of the window, so that it may depend on later tokens. The row that selects all blocks says
+what differences of rounding are."""
+
+
+def _attention_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
+    """Returns the tables of the suite `attention_quality`: one per model and windows, a line per policy."""
+    parts = [ATTENTION_QUALITY_NOTE]
+    for layers, (windows, context), block in dict.fromkeys(map(_attention_sizes, rows)):
+        eighth, half = context // 8, context // 2
+        header = ("a query sees", "elements", f"blocks of {block}", "loss", "less dense")
+        header += (f"first {eighth}", f"{eighth} to {half}", f"last {half}")
+        lines = []
+        for row in rows:
+            if _attention_sizes(row) != (layers, (windows, context), block):
+                continue
+            of_windows, of_eighths = row["increase_by_window"], row["increase_by_part"]
+            lines.append(
+                [
+                    row["case"],
+                    f"{row['shown']:.3f}",
+                    f"{row['visited']:.3f}",
+                    f"{row['nll']:.4f}",
+                    f"{row['increase']:+.4f} ({min(of_windows):+.4f} to {max(of_windows):+.4f})",
+                    *(f"{sum(some) / len(some):+.4f}" for some in (of_eighths[:1], of_eighths[1:4], of_eighths[4:])),
+                ]
+            )
+        parts.append(f"**{layers} layers, {windows} x {context:,} tokens**\n\n{_table(header, lines)}")
+    return parts
+
+
+def _attention_sizes(row: dict[str, Any]) -> tuple[int, tuple[int, int], int]:
+    windows, context = row["windows"]
+    return row["layers"], (windows, context), row["block"]
+
+
 SCALING_NOTE = """`data=1` is one device. Where the mesh splits the batch, each device has the batch of one; with
 `model`, all devices together have it. Bytes are those of the last device; `weights`, `trained` and `optimizer` are what
 it holds between steps."""
@@ -496,6 +535,7 @@ TABLES = {
     "full_finetuning": _optimizers,
     "scaling": _scaling,
     "flash_attention": _attention,
+    "attention_quality": _attention_quality,
 }
 """Suite -> what is under its heading; other suites measure speed."""
 

@@ -116,6 +116,20 @@ class Mask(abc.ABC):
             true += int(np.asarray(evaluate(facts, blocks, some)).sum())
         return true / (facts.batch * facts.heads * S * T)
 
+    def keys_seen(self, S: int, T: int) -> jax.Array:
+        """Returns how many keys each query sees, int32 ``[B|1, H|Hk|1, S]``; under `jax.jit` in the program.
+
+        Every element is looked at, those of some rows at a time.
+        """
+        facts, rows = resolve(self, S, T, xp=jnp), min(S, 128)
+        b, h = (part.reshape(-1) for part in np.indices((facts.batch, facts.heads)))
+
+        def count(i: jax.Array) -> jax.Array:
+            return jnp.sum(evaluate(facts, (rows, T), (b, h, i + 0 * b, 0 * b)), -1, dtype=jnp.int32)
+
+        counts = jax.lax.map(count, jnp.arange(-(-S // rows), dtype=jnp.int32))
+        return jnp.moveaxis(counts, 0, 1).reshape(facts.batch, facts.heads, -1)[..., :S]
+
     def show(self, S: int, T: int, *, batch: int = 0, head: int = 0) -> str:
         """Returns a picture of at most 64 columns: ``█`` all true, ``▒`` some, ``·`` none (as far as blocks tell)."""
         picture = self._picture(S, T, batch, head)

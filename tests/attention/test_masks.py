@@ -263,6 +263,20 @@ def test_density():
     assert masks.full().density(10**4, 10**4) == 1
 
 
+@pytest.mark.parametrize("sizes", [(50, 70), (150, 150)])
+def test_keys_seen_by_each_query(sizes):
+    chosen = rng.random((2, 3, 5, 5)) < 0.5
+    size = tuple(-(-n // 5) for n in sizes)
+
+    def shown(chosen):
+        return masks.blocks(chosen, size) & masks.causal() | masks.columns(np.array([[0, 9], [3, 4]]))
+
+    seen = jax.jit(lambda chosen: shown(chosen).keys_seen(*sizes))(chosen)
+    assert seen.dtype == jnp.int32
+    np.testing.assert_array_equal(seen, shown(chosen).table(*sizes).sum(-1))
+    np.testing.assert_array_equal(masks.causal().keys_seen(5, 7), [[[3, 4, 5, 6, 7]]])
+
+
 def test_pictures():
     assert masks.causal().show(3, 4) == "██··\n███·\n████"
     assert masks.heads([masks.full(), ~masks.full()]).show(1, 2, head=1) == "··"
