@@ -33,8 +33,6 @@ from memjax.recipes.data import Windows
 
 CONTEXT, BLOCK = 8192, 128
 TINY_CONTEXT, TINY_BLOCK = 512, 32
-WINDOWS = 4
-"""Windows that are evaluated, in one batch; one on a CPU or of a cut model."""
 PARTS = 8
 """Of a window, for the loss by position."""
 SINKS = 4
@@ -100,7 +98,7 @@ class Bench:
 
     Attributes:
       model: with dense params.
-      windows: held-out text ``[windows, context]``.
+      windows: held-out text ``[windows, context]``, evaluated in one batch.
       block: queries and keys of a block.
     """
 
@@ -173,13 +171,13 @@ class Bench:
 
 
 def load(options: argparse.Namespace) -> Bench:
-    """Loads the model and cuts the text."""
+    """Loads the model and cuts the held-out text, of which a cut model, or a CPU, gets the first window only."""
     model = quality.load_model(options.gguf, options.tiny, options.layers, "bfloat16")
     model = dataclasses.replace(model, params=jax.jit(mj.core.materialize)(model.params))
     context, block = (TINY_CONTEXT, TINY_BLOCK) if options.tiny else (CONTEXT, BLOCK)
     small = options.tiny or options.layers or jax.default_backend() == "cpu"
     held_out = data.text_windows(quality.load_text(model.tokenizer)[1], context)
-    return Bench(model, quality.head(held_out, 0, 1 if small else WINDOWS), block)
+    return Bench(model, quality.head(held_out, 0, 1) if small else held_out, block)
 
 
 def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:

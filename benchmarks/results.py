@@ -452,7 +452,7 @@ def _attention(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str
     return parts
 
 
-ATTENTION_QUALITY_NOTE = """SmolLM2-135M as it is, in bfloat16, on held-out King James text: losses in nats per token,
+ATTENTION_QUALITY_NOTE = """SmolLM2-135M as it is, in bfloat16, on the last tenth of the King James text: losses in nats per token,
 and what they are above those of dense attention for the same tokens, over all of them (in brackets, the window with the
 least and that with the most), and by position in the window. Elements are what masks show and blocks what holds such an
 element, of the causal ones, means over layers, heads and windows. A selection asks the queries of a whole block, and
