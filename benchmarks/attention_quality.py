@@ -70,7 +70,7 @@ def policies(context: int, block: int) -> dict[str, Policy]:
         found[f"window {width} + {SINKS} sinks"] = functools.partial(windowed, width=width)
     for n in (4, 8, 16):
         found[f"block top-k, {n} of {count}"] = functools.partial(block_topk, n=n, size=size)
-    for tau in (0.5, 0.8, 0.95):
+    for tau in (0.8, 0.95, 0.99):
         found[f"block mass {tau:g}"] = functools.partial(block_mass, tau=tau, block=block)
     for vertical, slash in ((64, 8), (256, 32), (1024, 128)):
         name = f"vertical-slash, {vertical} keys, {slash} diagonals"
