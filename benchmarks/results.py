@@ -454,10 +454,11 @@ def _attention(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str
 
 ATTENTION_QUALITY_NOTE = """SmolLM2-135M as it is, in bfloat16, on the last tenth of the King James text: losses in nats
 per token, and what they are above those of dense attention for the same tokens, over all of them (in brackets, the
-window with the least and that with the most) and by position in the window. Elements are what masks show and blocks what
-holds such an element, as fractions of the causal ones, means over layers, heads and windows; the blocks that
-an implementation visits may be larger. A selection asks the queries of a whole block, and vertical-slash the last 64 of the
-window, so that what a token sees may depend on later ones. The row that selects all blocks says what rounding does."""
+window with the least and that with the most) and by position in the window. Elements are what masks show and blocks
+what holds such an element, as fractions of the causal ones, means over layers, heads and windows; the blocks that an
+implementation visits may be larger. A selection asks the queries of a whole block, and vertical-slash the last 64 of
+the window, so that what a token sees may depend on later ones. The row that selects all blocks says what rounding
+does."""
 
 
 def _attention_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
