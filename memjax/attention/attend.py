@@ -18,7 +18,6 @@ from memjax.attention import masks
 from memjax.attention.block_mask import BlockMask, block_mask_in_program, make_block_mask
 from memjax.attention.choice import (
     CUDNN_WINS,
-    KERNELS_RAN,
     Implementation,
     cudnn_attention,
     cudnn_form,
@@ -106,8 +105,8 @@ def attend(
       return_column_sums: also return what every key gets of the weights, float32 ``[B, Hk, T]``, summed over rows and
         the heads of a group, before dropout. It has no gradient.
       implementation: "mosaic_gpu" (Hopper), "cudnn" (full, causal, causal window, lengths), "xla", "reference" (S x T
-        scores). None takes cuDNN for the masks of `choice.CUDNN_WINS` where it can run, else XLA; the kernels, which
-        work on whole arrays (on several devices, inside shard_map), will follow when they have run on a device.
+        scores). None takes cuDNN for the masks of `choice.CUDNN_WINS` where it can run, else the kernels on a Hopper
+        GPU and whole arrays (on several devices, inside shard_map), else XLA.
 
     Returns:
       ``[B, S, H, Dv]`` in the dtype of ``q``, 0 for rows with no keys; a tuple of it and what else was asked for. NaN
@@ -346,7 +345,7 @@ def _nan_where_lost(block_mask: BlockMask, heads: int) -> jax.Array:
 
 def _of_kernels(implementation: Any) -> Any:
     """Returns "xla" in place of None where the kernels run neither on this device nor on pieces of arrays."""
-    kernels_run = KERNELS_RAN and on_hopper() and whole_arrays()
+    kernels_run = on_hopper() and whole_arrays()
     return "xla" if implementation is None and not kernels_run else implementation
 
 

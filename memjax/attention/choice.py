@@ -17,9 +17,6 @@ Implementation = Literal["mosaic_gpu", "cudnn", "xla", "reference"]
 CUDNN_WINS = frozenset({"full", "causal"})
 """Kinds of masks for which cuDNN is the faster; it also expresses "window" and "lengths"."""
 
-KERNELS_RAN = False
-"""Whether the Hopper kernels have passed their tests on a device; until then they run only where asked for by name."""
-
 
 class CudnnForm(NamedTuple):
     """A mask in the terms of `jax.nn.dot_product_attention`.

@@ -43,8 +43,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mgpu
 from pallas_kernels._bits import seed_words
-from pallas_kernels.flash_attention.lists import BlockList, Elements
-from pallas_kernels.flash_attention.scores import ScoreMod, reads_arrays, stays
+from pallas_kernels.flash_attention.lists import BlockList, Elements, heads_together
+from pallas_kernels.flash_attention.scores import ScoreMod, no_kernel_for, stays
 
 STEP = 64  # queries and keys of the scores that a warpgroup computes at once
 SMEM_BYTES = 227 * 1024 - 2048  # of a block, less the barriers
@@ -118,8 +118,8 @@ def backward_unsupported(
         return f"blocks are {blocks}, which are no multiples of {STEP}"
     if pages is not None:
         return "keys and values are in pages"
-    if score_mod is not None and reads_arrays(score_mod):
-        return "score_mod reads arrays, of which a kernel knows nothing"
+    if score_mod is not None and (reason := no_kernel_for(score_mod)):
+        return f"score_mod {reason}, where the kernels take simple operations on its arguments alone"
     return None
 
 
@@ -179,7 +179,17 @@ class _Scores:
         iotas = [plgpu.broadcasted_iota(jnp.int32, (STEP, STEP), axis, layout=_mgpu.WGMMA) for axis in (0, 1)]
         return iotas[self.axis] + q, iotas[1 - self.axis] + k
 
-    def _truth(self, masks: Any, b: Any, h: Any, q: Any, k: Any, entry: tuple[Any, Any]) -> jax.Array:
+    def place(self, ref: Any, b: Any, h: Any, start: Any) -> tuple[Any, ...]:
+        """Returns where 64 facts are, of an array ``[B|1, H|Hk|1, ...]``."""
+        return (*self.at(ref, b, h), pl.ds(start, STEP))
+
+    def fixed(self, refs: Any, b: Any, h: Any, start: Any) -> list[jax.Array]:
+        """Loads facts about the rows of a tile, which stay the same from step to step."""
+        return [self._load(ref.at[self.place(ref, b, h, start)], 0) for ref in refs]
+
+    def _truth(
+        self, masks: Any, b: Any, h: Any, q: Any, k: Any, entry: tuple[Any, Any], fixed: Any, moving: Any
+    ) -> jax.Array:
         """Returns which elements of the tile at (q, k), of a block that needs a mask, are true."""
         elements, (bq, bk) = masks.elements, self.blocks
         queries, keys = self._place(q, k)
@@ -196,19 +206,18 @@ class _Scores:
             held = jnp.where(inside < 32, *halves)
             return ((held >> (inside & 31).astype(jnp.uint32)) & np.uint32(1)) != np.uint32(0)
         assert elements.test is not None
-        rows, columns = (
-            tuple(
-                self._spread(self._load(ref.at[(*self.at(ref, b, h), pl.ds(start, STEP))], axis), axis) for ref in refs
-            )
-            for refs, start, axis in ((elements.rows, q, self.axis), (elements.columns, k, 1 - self.axis))
+        along = (
+            tuple(self._spread(x, 0) for x in fixed),
+            tuple(self._spread(plgpu.load(x, layout=_COLUMNS), 1) for x in moving),
         )
+        rows, columns = along[:: -1 if self.axis else 1]
         flags = None if masks.lists.flags is None else masks.lists.flags[where]
         return elements.test(queries, keys, rows, columns, flags)
 
     def weights(
         self,
         raw: jax.Array,
-        lse: jax.Array,
+        lse: jax.Array | None,
         masks: Any,
         b: Any,
         h: Any,
@@ -216,17 +225,21 @@ class _Scores:
         k: Any,
         entry: tuple[Any, Any],
         masked: bool,
+        fixed: Any,
+        moving: Any,
     ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
         """Returns P, and functions that multiply by the slope of the scores and that apply dropout.
 
         Args:
           raw: float32 ``[64, 64]``, products of queries and keys.
-          lse: float32 ``[64]`` of the queries, times log2 e.
+          lse: float32 ``[64]`` of the queries, times log2 e; None where ``raw`` is less by it already.
           masks: references.
           b, h: batch and query head.
           q, k: first query and first key of the tile.
           entry: (n, j): the tile belongs to the j-th block of the n-th list.
           masked: whether that block needs a mask.
+          fixed: facts about the rows of the tile.
+          moving: references to those about its columns.
         """
         queries, keys = self.sizes[2:]
         place = functools.cache(lambda: self._place(q, k))
@@ -245,10 +258,10 @@ class _Scores:
                 scores, factor = _mgpu.value_and_slope(lambda s: score_mod(s, b, h, *positions), scores)
                 factors.append(factor)
             scores = scores * LOG2E
-        p = jnp.exp2(scores - self._spread(lse, self.axis))
+        p = jnp.exp2(scores if lse is None else scores - self._spread(lse, self.axis))
         counts = []
         if masked:
-            counts.append(self._truth(masks, b, h, q, k, entry))
+            counts.append(self._truth(masks, b, h, q, k, entry, fixed, moving))
             if keys % self.blocks[1]:
                 counts.append(place()[1] < keys)
         if self.score_mod is not None and queries % self.blocks[0]:
@@ -347,23 +360,28 @@ def _launch(
     outputs: list[jax.ShapeDtypeStruct],
     scratch: list[Any],
     *,
-    grid: tuple[int, int, int],
+    blocks: int,
+    heads: int,
+    together: int,
     workers: int,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs ``body(work, outputs, scratch)`` on references; the grid is (block, batch, head)."""
+    """Runs ``body(block, batch, head, work, outputs, scratch)`` on references, ``together`` heads at a time."""
     operands, tree = jax.tree.flatten(work)
     n, m = len(operands), len(outputs)
+    chunks = work.q.shape[0] * heads // together
 
     def run(*refs: Any) -> None:
-        body(jax.tree.unflatten(tree, refs[:n]), refs[n : n + m], refs[n + m :])
+        pair = lax.axis_index("chunk") * together + lax.axis_index("pair")
+        place = lax.axis_index("block"), lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads))
+        body(*place, jax.tree.unflatten(tree, refs[:n]), refs[n : n + m], refs[n + m :])
 
     return list(
         plgpu.kernel(
             run,
             out_type=tuple(outputs),
-            grid=grid,
-            grid_names=("block", "batch", "head"),
+            grid=(chunks, blocks, together),
+            grid_names=("chunk", "block", "pair"),
             num_threads=workers + 1,
             thread_name="worker",
             scratch_types=tuple(scratch),
@@ -436,12 +454,11 @@ def query_gradient(
     height, per_block = parts * STEP, blocks[1] // STEP
     n_blocks = -(-queries // height)
 
-    def body(work: Any, outputs: Any, scratch: Any) -> None:
+    def body(block: Any, b: Any, h: Any, work: Any, outputs: Any, scratch: Any) -> None:
         (dq_ref,) = outputs
-        q_smem, do_smem, k_smem, v_smem, held, full, empty, *rest = scratch
+        q_smem, do_smem, k_smem, v_smem, facts_smem, held, full, empty, *rest = scratch
         worker = lax.axis_index("worker")
-        b, h = lax.axis_index("batch"), lax.axis_index("head")
-        start = (n_blocks - 1 - lax.axis_index("block")) * height  # causal masks give the last queries most to do
+        start = (n_blocks - 1 - block) * height  # causal masks give the last queries most to do
         n = lax.div(start, blocks[0])
         plain, total = (count * per_block for count in scores.count(work.masks, b, h, n))
         place = scores.at(work.masks.lists.index, b, h)
@@ -470,6 +487,9 @@ def query_gradient(
                 theirs = pl.ds(first_key(i), STEP)
                 plgpu.copy_gmem_to_smem(work.k.at[b, theirs, head], k_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(work.v.at[b, theirs, head], v_smem.at[slot], full.at[slot])
+                for known, copy in zip(work.masks.elements.columns, facts_smem, strict=True):
+                    there = known.at[scores.place(known, b, h, first_key(i))]
+                    plgpu.copy_gmem_to_smem(there, copy.at[slot], full.at[slot])
 
             @pl.loop(jnp.maximum(total - stages, 0), total)
             def _drain(i: Any) -> None:
@@ -484,6 +504,7 @@ def query_gradient(
             log_sums, delta = (
                 plgpu.load(work.statistics.at[b, h, i, mine], layout=_ROWS, optimized=False) for i in (0, 1)
             )
+            facts = scores.fixed(work.masks.elements.rows, b, h, row)
             plgpu.barrier_wait(held)
 
             def with_sum(dq: Any) -> None:
@@ -510,6 +531,8 @@ def query_gradient(
                             first,
                             (n, lax.div(i, per_block)),
                             masked,
+                            facts,
+                            [copy.at[slot] for copy in facts_smem],
                         )
                         along = lax.broadcast_in_dim(delta, (STEP, STEP), (0,))
                         return sloped(p * (dropped(_when_there(dp, 0)) - along)).astype(q.dtype)
@@ -540,14 +563,16 @@ def query_gradient(
         made((parts, STEP, wide_v), transforms=tiles),
         made((stages, STEP, wide), transforms=tiles),
         made((stages, STEP, wide_v), transforms=tiles),
+        [plgpu.SMEM((stages, STEP), jnp.int32) for _ in elements.columns],
         plgpu.Barrier(num_arrivals=2 * parts),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2 + len(elements.columns), num_barriers=stages),
         plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
         *([made((workers, STEP, STEP))] if interpret else []),
     ]
-    grid = (n_blocks, batch, heads)
-    out = jax.ShapeDtypeStruct(work.q.shape, q.dtype)
-    (dq,) = _launch(body, work, [out], scratch, grid=grid, workers=workers, interpret=interpret)
+    sharing = heads // key_heads
+    together = heads_together(lists, elements, batch * heads, sharing, 2 * keys * (depth + v.shape[3]))
+    options = {"blocks": n_blocks, "heads": heads, "together": together, "workers": workers, "interpret": interpret}
+    (dq,) = _launch(body, work, [jax.ShapeDtypeStruct(work.q.shape, q.dtype)], scratch, **options)
     return dq[:, :queries, :, :depth]
 
 
@@ -590,11 +615,10 @@ def key_value_gradients(
     height, per_block = parts * STEP, blocks[0] // STEP
     n_blocks = -(-keys // height)
 
-    def body(work: Any, outputs: Any, scratch: Any) -> None:
-        k_smem, v_smem, q_smem, do_smem, statistics, held, full, empty, done, *rest = scratch
+    def body(block: Any, b: Any, key_head: Any, work: Any, outputs: Any, scratch: Any) -> None:
+        k_smem, v_smem, q_smem, do_smem, statistics, facts_smem, held, full, empty, done, *rest = scratch
         worker = lax.axis_index("worker")
-        b, key_head = lax.axis_index("batch"), lax.axis_index("head")
-        start = lax.axis_index("block") * height
+        start = block * height
         n = lax.div(start, blocks[1])
 
         def each_head(visit: Callable[..., None]) -> Any:
@@ -614,7 +638,7 @@ def key_value_gradients(
 
         @pl.when(worker == workers)
         def _fetch() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             for part in range(parts):
                 mine = pl.ds(start + part * STEP, STEP)
                 plgpu.copy_gmem_to_smem(work.k.at[b, mine, key_head], k_smem.at[part], held)
@@ -635,6 +659,9 @@ def key_value_gradients(
                     plgpu.copy_gmem_to_smem(work.q.at[b, theirs, h], q_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(work.do.at[b, theirs, h], do_smem.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(work.statistics.at[b, h, :, theirs], statistics.at[slot], full.at[slot])
+                    for known, copy in zip(work.masks.elements.rows, facts_smem, strict=True):
+                        there = known.at[scores.place(known, b, h, first_query(h, i))]
+                        plgpu.copy_gmem_to_smem(there, copy.at[slot], full.at[slot])
 
             steps = each_head(visit)
 
@@ -650,8 +677,11 @@ def key_value_gradients(
 
         def compute(part: Any, dk: Any, dv: Any) -> None:
             """Sums what it is given accumulators for."""
+            # Registers are few: products that begin with what is taken from them need none for it.
+            plain = bool(scale) and softcap is None and score_mod is None and not dropout
+            less = dk is not None and plain and not interpret
 
-            def step(h: Any, before: Any, i: Any, masked: bool) -> None:
+            def step(h: Any, before: Any, i: Any, masked: bool, facts: Any) -> None:
                 slot, first = lax.rem(before + i, stages), first_query(h, i)
                 plgpu.barrier_wait(full.at[slot])
 
@@ -659,7 +689,7 @@ def key_value_gradients(
                     plgpu.wgmma(s, k_smem.at[part], _mgpu.transposed(q_smem.at[slot]))
                     if dk is not None:
                         plgpu.wgmma(dps[0], v_smem.at[part], _mgpu.transposed(do_smem.at[slot]))
-                    log_sums = plgpu.load(statistics.at[slot, 0], layout=_COLUMNS)
+                    log_sums = None if less else statistic(0)
                     raw = _when_there(s, len(dps))
 
                     @pl.when(before + i > 0)
@@ -676,25 +706,41 @@ def key_value_gradients(
                         start + part * STEP,
                         (n, lax.div(i, per_block)),
                         masked,
+                        facts,
+                        [copy.at[slot] for copy in facts_smem],
                     )
                     if dv is not None:
                         plgpu.wgmma(dv, operand(dropped(p).astype(q.dtype)), do_smem.at[slot])
                     if dk is None:
                         return jnp.int32(0)
                     dp = _when_there(dps[0], 0 if dv is None else 1)
-                    delta = plgpu.load(statistics.at[slot, 1], layout=_COLUMNS)  # late: registers are few
-                    along = lax.broadcast_in_dim(delta, (STEP, STEP), (1,))
-                    return sloped(p * (dropped(dp) - along)).astype(q.dtype)
+                    if not less:
+                        dp = dropped(dp) - lax.broadcast_in_dim(statistic(1), (STEP, STEP), (1,))
+                    return sloped(p * dp).astype(q.dtype)
 
-                tile = plgpu.ACC((STEP, STEP), jnp.float32)
-                ds = pl.run_scoped(differentiate, *[tile] * (1 if dk is None else 2))
+                def statistic(which: int) -> jax.Array:
+                    return plgpu.load(statistics.at[slot, which], layout=_COLUMNS)
+
+                if less:
+
+                    def with_results(refs: Any) -> None:
+                        refs[-1][...] = differentiate(*refs[:2])
+
+                    factors = -1 / (scale * LOG2E), -1.0
+                    begun = [lax.broadcast_in_dim(statistic(j) * x, (STEP, STEP), (1,)) for j, x in enumerate(factors)]
+                    like = plgpu.layout_cast(jnp.zeros((STEP, STEP), q.dtype), _mgpu.WGMMA)
+                    *_, ds = pl.run_state(with_results)((*map(plgpu.ACC.init, begun), like))
+                else:
+                    tile = plgpu.ACC((STEP, STEP), jnp.float32)
+                    ds = pl.run_scoped(differentiate, *[tile] * (1 if dk is None else 2))
                 if dk is not None:
                     plgpu.wgmma(dk, operand(ds), q_smem.at[slot])
 
             def visit(h: Any, before: Any, plain: Any, total: Any) -> None:
-                pl.loop(0, plain)(lambda i: step(h, before, i, False))
+                facts = scores.fixed(work.masks.elements.columns, b, h, start + part * STEP)
+                pl.loop(0, plain)(lambda i: step(h, before, i, False, facts))
                 if scores.some_masked(work.masks):
-                    pl.loop(plain, total)(lambda i: step(h, before, i, True))
+                    pl.loop(plain, total)(lambda i: step(h, before, i, True, facts))
 
             steps = each_head(visit)
             mine = pl.ds(start + part * STEP, STEP)
@@ -714,7 +760,7 @@ def key_value_gradients(
         @pl.when(worker < workers)
         def _compute() -> None:
             if workers > 1:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(240, action="increase")
             plgpu.barrier_wait(held)
             sums = plgpu.ACC((STEP, wide), jnp.float32), plgpu.ACC((STEP, wide_v), jnp.float32)
             if apart:
@@ -736,12 +782,15 @@ def key_value_gradients(
         made((stages, STEP, wide), transforms=tiles),
         made((stages, STEP, wide_v), transforms=tiles),
         plgpu.SMEM((stages, 2, STEP), jnp.float32),
+        [plgpu.SMEM((stages, STEP), jnp.int32) for _ in elements.rows],
         plgpu.Barrier(num_arrivals=2 * parts),
-        plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=3 + len(elements.rows), num_barriers=stages),
         plgpu.Barrier(num_arrivals=workers, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2),
         *([made((workers, STEP, STEP))] if interpret else []),
     ]
     outs = [jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (work.k, work.v)]
-    dk, dv = _launch(body, work, outs, scratch, grid=(n_blocks, batch, key_heads), workers=workers, interpret=interpret)
+    together = heads_together(lists, elements, batch * key_heads, 1, 2 * queries * group * (depth + values))
+    options = {"blocks": n_blocks, "heads": key_heads, "together": together, "workers": workers, "interpret": interpret}
+    dk, dv = _launch(body, work, outs, scratch, **options)
     return dk[:, :keys, :, :depth], dv[:, :keys, :, :values]

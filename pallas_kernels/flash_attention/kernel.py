@@ -3,8 +3,8 @@
 Forward (after FlashAttention-3, 2024): blocks take tiles of 128 query rows in turn, long ones first. One warpgroup
 fetches keys and values by the tile's list; two multiply, 64 rows each. Such a warpgroup starts ``S = Q K^T`` of a step
 and then ``P V`` of the step before, and takes the exponentials of S while the second product runs; a pair of barriers
-makes the two warpgroups take turns at starting products, so that one computes while the tensor cores work for the
-other. Both have the same list, hence the same number of steps.
+makes the two warpgroups take turns at S, so that one computes while the tensor cores work for the other. Both have the
+same list, hence the same number of steps.
 
     registers a thread, of 232:   S or its exponentials   P as operand   accumulator   together
       D = Dv = 64,  128 keys             64                   32             32           128
@@ -40,8 +40,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mgpu
 from pallas_kernels._bits import seed_words
-from pallas_kernels.flash_attention.lists import BlockList, Elements
-from pallas_kernels.flash_attention.scores import Reduce, ScoreMod, reads_arrays, stays
+from pallas_kernels.flash_attention.lists import BlockList, Elements, heads_together
+from pallas_kernels.flash_attention.scores import Reduce, ScoreMod, no_kernel_for, stays
 
 BLOCK = 128
 """Rows of the tile that a block holds: queries of `forward`, keys of `column_sums`."""
@@ -59,7 +59,7 @@ class Config:
     Attributes:
       step: keys (of `column_sums`: queries) that a step multiplies with; divides the lists' blocks, a multiple of 64.
       stages: steps whose operands are in shared memory, at least 2.
-      turns: whether the two warpgroups take turns at starting products.
+      turns: whether a warpgroup starts a step when the other one's scores are there.
     """
 
     step: int
@@ -72,25 +72,26 @@ def _row_bytes(*widths: int) -> int:
     return 128 if all(width % 64 == 0 for width in widths) else 64
 
 
-def smem_bytes(config: Config, head_dim: int, value_dim: int = 0) -> int:
+def smem_bytes(config: Config, head_dim: int, value_dim: int = 0, words: int = 0) -> int:
     """Returns the shared memory of a block, barriers aside; of `column_sums` where there are no values."""
     staged = 4 * _HALF * _row_bytes(value_dim) if value_dim else 0
-    return 2 * BLOCK * head_dim + 2 * config.stages * config.step * (head_dim + value_dim) + staged
+    return 2 * BLOCK * head_dim + config.stages * config.step * (2 * (head_dim + value_dim) + 4 * words) + staged
 
 
-def heuristic(head_dim: int, value_dim: int = 0, block: int = 128) -> Config:
+def heuristic(head_dim: int, value_dim: int = 0, block: int = 128, words: int = 0) -> Config:
     """Returns how to cut the work.
 
     Args:
       head_dim: D.
       value_dim: Dv; 0 for `column_sums`.
       block: keys per block of the lists (of `column_sums`: queries).
+      words: 32-bit numbers that are loaded for each of them.
     """
     step = 128 if block % 128 == 0 else 64
-    if value_dim > 128 or smem_bytes(Config(step, 2), head_dim, value_dim) > SHARED_BYTES:
+    if value_dim > 128 or smem_bytes(Config(step, 2), head_dim, value_dim, words) > SHARED_BYTES:
         step = 64
     stages = 2
-    while stages < 4 and smem_bytes(Config(step, stages + 1), head_dim, value_dim) <= SHARED_BYTES:
+    while value_dim and stages < 4 and smem_bytes(Config(step, stages + 1), head_dim, value_dim, words) <= SHARED_BYTES:
         stages += 1
     return Config(step, stages)
 
@@ -128,37 +129,56 @@ def unsupported(
         return f"blocks of {fixed} {sides[0]} and {moving} {sides[1]}; the kernels take {BLOCK} and multiples of 64"
     if pages is not None and k.shape[1] != blocks[1]:
         return f"pages of {k.shape[1]} keys; the kernels take pages of a block's {blocks[1]}"
-    if score_mod is not None and reads_arrays(score_mod):
-        return "a score_mod that reads arrays; the kernels take one of its arguments alone"
+    if score_mod is not None and (reason := no_kernel_for(score_mod)):
+        return f"a score_mod that {reason}; the kernels take simple operations on its arguments alone"
     return None
 
 
-def longest_first(total: jax.Array) -> jax.Array:
-    """Returns the lists ``[...]`` by falling length, as int32 numbers ``[lists]``."""
-    return jnp.argsort(-total.reshape(-1), stable=True).astype(jnp.int32)
+def tile_order(total: jax.Array, batch: int, heads: int, together: int) -> jax.Array:
+    """Returns which tile comes when, as numbers ``(batch * heads + head) * N + place in the list's side``.
+
+    So many pairs of batch and head are gone through at a time, so that what they read stays in the L2 cache. Among
+    them tiles come by length, by turns falling and rising, so that neighbours are alike; the last ones fall.
+
+    Args:
+      total: int32 ``[B|1, H|Hk|1, N]``, how long the lists are.
+      batch, heads: B and H (of `column_sums`: Hk) of the tiles.
+      together: pairs that are gone through at a time; divides their number.
+
+    Returns:
+      int32 ``[B H N]``.
+    """
+    n, chunks = total.shape[2], batch * heads // together
+    if total.shape[:2] == (1, 1):
+        rows = jnp.argsort(-total.reshape(n), stable=True)
+        inside = jnp.broadcast_to((rows[:, None] + n * jnp.arange(together)).reshape(1, -1), (chunks, together * n))
+    else:
+        each = jnp.repeat(total, heads // total.shape[1], 1)
+        lengths = jnp.broadcast_to(each, (batch, heads, n)).reshape(chunks, together * n)
+        inside = jnp.argsort(-lengths, axis=1, stable=True)
+    chunk = jnp.arange(chunks)[:, None]
+    turned = jnp.where((chunks - 1 - chunk) % 2 == 0, inside, inside[:, ::-1])
+    return (turned + chunk * together * n).reshape(-1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """Which tile a block computes when: rounds over tiles by falling length, every other one backwards.
+    """Which tile a block computes when: rounds over `tile_order`, every other one backwards.
 
     The longest sum of a block's tiles is then within 2 % of the mean for causal masks, windows, documents and random
     blocks at S = 8k to 32k.
 
     Attributes:
-      lists: (Bm, Hm, N).
-      batch, heads: B and H (of `column_sums`: Hk) of the tiles.
+      heads: H (of `column_sums`: Hk) of the tiles.
+      places: N of the lists.
+      tiles: how many there are.
       groups: blocks that run at a time.
     """
 
-    lists: tuple[int, ...]
-    batch: int
     heads: int
+    places: int
+    tiles: int
     groups: int
-
-    @property
-    def tiles(self) -> int:
-        return self.batch * self.heads * self.lists[2]
 
     def count(self, group: Any) -> Any:
         """Returns how many tiles a block computes."""
@@ -168,14 +188,9 @@ class _Work:
 
     def tile(self, i: Any, group: Any, order: Any) -> tuple[Any, Any, Any]:
         """Returns batch, head and place in the list's side of a block's i-th tile."""
-        n_batch, n_head, n = self.lists
-        each = self.heads // n_head
-        copies = self.heads * self.batch // (n_head * n_batch)
-        place = i * self.groups + jnp.where(lax.rem(i, 2) == 0, group, self.groups - 1 - group)
-        row, copy = order[lax.div(place, copies)], lax.rem(place, copies)
-        batch = lax.div(row, n_head * n) if n_batch > 1 else lax.div(copy, each)
-        head = lax.rem(lax.div(row, n), n_head) * each + lax.rem(copy, each)
-        return batch, head, lax.rem(row, n)
+        tile = order[i * self.groups + jnp.where(lax.rem(i, 2) == 0, group, self.groups - 1 - group)]
+        pair = lax.div(tile, self.places)
+        return lax.div(pair, self.heads), lax.rem(pair, self.heads), lax.rem(tile, self.places)
 
 
 def _pad(x: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
@@ -239,20 +254,17 @@ class _Scores:
             s = self.score_mod(s, b, h, jnp.minimum(q, self.queries - 1), jnp.minimum(k, self.keys - 1))
         return s, LOG2E
 
-    def facts(self, shape: tuple[int, int], row_refs: Any, column_refs: Any, b: Any, h: Any, q0: Any, k0: Any) -> Any:
-        """Loads what the mask of a tile reads about its queries and keys, as vectors."""
-        (q_size, k_size), (q_layout, k_layout) = shape, (_ROWS, _COLUMNS)
-        if self.keys_are_rows:
-            (k_size, q_size), (k_layout, q_layout) = shape, (_ROWS, _COLUMNS)
+    def place(self, ref: Any, b: Any, h: Any, start: Any, size: int) -> tuple[Any, ...]:
+        """Returns where facts ``[B|1, H|Hk|1, ...]`` are that batch b and query head h read."""
+        return (*_of_head(ref.shape, b, h, self.heads), pl.ds(start, size))
 
-        def load(ref: Any, start: Any, size: int, layout: Any) -> jax.Array:
-            place = (*_of_head(ref.shape, b, h, self.heads), pl.ds(start, size))
-            return plgpu.load(ref.at[place], layout=layout, optimized=False)
+    def fixed(self, refs: Any, b: Any, h: Any, start: Any) -> list[jax.Array]:
+        """Loads facts about the 64 rows of a tile, which stay the same from step to step."""
+        return [plgpu.load(ref.at[self.place(ref, b, h, start, _HALF)], layout=_ROWS, optimized=False) for ref in refs]
 
-        return (
-            [load(ref, q0, q_size, q_layout) for ref in row_refs],
-            [load(ref, k0, k_size, k_layout) for ref in column_refs],
-        )
+    def moving(self, refs: Any, slot: Any) -> list[jax.Array]:
+        """Loads facts about the columns of a step's tile from shared memory."""
+        return [plgpu.load(ref.at[slot], layout=_COLUMNS) for ref in refs]
 
     def words(self, shape: tuple[int, int], bits_ref: Any, pointer: Any, q0: Any, k0: Any) -> Any:
         """Loads a tile's words of its bit table, one vector along the keys for 32 queries."""
@@ -344,7 +356,6 @@ def forward(
     dropout: float = 0.0,
     seed: Any = None,
     pages: jax.Array | None = None,
-    order: jax.Array | None = None,
     config: Config | None = None,
     multiprocessors: int = 132,
     interpret: bool = False,
@@ -365,7 +376,6 @@ def forward(
       dropout: probability of dropping an element.
       seed: of dropout, as `_bits.seed_words` takes it.
       pages: int32 ``[B, T / page]``, the page of each block of keys, or None.
-      order: int32 ``[lists]``, which list comes when; None is `longest_first`.
       config: how to cut the work; None decides by the sizes.
       multiprocessors: of the device.
       interpret: run in the interpreter on a CPU.
@@ -378,12 +388,13 @@ def forward(
     key_heads, value_dim = k.shape[2], v.shape[3]
     keys = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     block_keys = blocks[1]
-    config = config or heuristic(head_dim, value_dim, block_keys)
+    config = config or heuristic(head_dim, value_dim, block_keys, len(elements.columns))
     step_keys, stages, parts = config.step, config.stages, block_keys // config.step
     dtype = q.dtype
     lists_shape = by_query.full.shape
     rounded = lists_shape[2] * BLOCK
-    work = _Work(lists_shape, batch, heads, min(multiprocessors, batch * heads * lists_shape[2]))
+    tiles = batch * heads * lists_shape[2]
+    work = _Work(heads, lists_shape[2], tiles, min(multiprocessors, tiles))
     scores = _Scores(scale, softcap, score_mod, elements, heads, queries, keys, blocks, keys_are_rows=False)
 
     # The copy engine takes whole tiles of 8 rows and leaves out what lies beyond an array; the interpreter does not.
@@ -393,7 +404,9 @@ def forward(
     rows = [_pad(jnp.asarray(x), 2, rounded) for x in elements.rows]
     columns = [_pad(jnp.asarray(x), 2, _up(keys, block_keys)) for x in elements.columns]
     bits = [] if elements.bits is None else [lax.bitcast_convert_type(jnp.asarray(elements.bits), jnp.int32)]
-    order = longest_first(jnp.asarray(by_query.total)) if order is None else order
+    sharing = heads // key_heads
+    together = heads_together(by_query, elements, batch * heads, sharing, 2 * keys * (head_dim + value_dim))
+    order = tile_order(jnp.asarray(by_query.total), batch, heads, together)
     sinks = [] if sink is None else [sink.astype(jnp.float32)]
     words = list(seed_words(seed)) if dropout else []
     seeds = [jnp.stack(words)] if words else []
@@ -411,7 +424,7 @@ def forward(
         sink_ref: Any = next(remaining) if sinks else None
         seed_ref: Any = next(remaining) if seeds else None
         pages_ref: Any = next(remaining) if pages is not None else None
-        out_ref, lse_ref, q_smem, k_smem, v_smem, staging, *barriers = remaining
+        out_ref, lse_ref, q_smem, k_smem, v_smem, staging, facts_smem, *barriers = remaining
         q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
         mine = work.count(group)
@@ -438,8 +451,9 @@ def forward(
                 def _step(j: Any) -> None:
                     slot, old = lax.rem(start + j, stages), start + j >= stages
                     block = lists.entry("index", b, h, n, lax.div(j, parts))
+                    first_key = block * block_keys + lax.rem(j, parts) * step_keys
                     if pages_ref is None:
-                        source = (b, pl.ds(block * block_keys + lax.rem(j, parts) * step_keys, step_keys), key_head)
+                        source = (b, pl.ds(first_key, step_keys), key_head)
                     else:
                         source = (pages_ref[b, block], pl.ds(lax.rem(j, parts) * step_keys, step_keys), key_head)
                     for ref, smem, full, empty in (
@@ -452,6 +466,10 @@ def forward(
                             plgpu.barrier_wait(empty.at[slot])
 
                         plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot], full.at[slot])
+                        if ref is k_ref:
+                            for known, held in zip(column_refs, facts_smem, strict=True):
+                                theirs = known.at[scores.place(known, b, h, first_key, step_keys)]
+                                plgpu.copy_gmem_to_smem(theirs, held.at[slot], full.at[slot])
 
                 return start + count
 
@@ -493,17 +511,25 @@ def forward(
             def slot_of(j: Any) -> Any:
                 return lax.rem(start + j, stages)
 
+            row_facts = scores.fixed(row_refs, b, h, row)
+
             def prepare(j: Any) -> Any:
                 """Loads what a partial step's mask needs, to be there when the products are."""
                 place = lax.div(j, parts)
                 k0 = lists.entry("index", b, h, n, place) * block_keys + lax.rem(j, parts) * step_keys
-                facts = scores.facts(shape, row_refs, column_refs, b, h, row, k0)
                 pointer = lists.entry("pointer", b, h, n, place)
-                held = None if bits_ref is None else scores.words(shape, bits_ref, pointer, row, k0)
-                return k0, (facts, held, lists.entry("flags", b, h, n, place))
+                words = None if bits_ref is None else scores.words(shape, bits_ref, pointer, row, k0)
+                return k0, (words, lists.entry("flags", b, h, n, place))
 
-            def soften(s: jax.Array, j: Any, partial: bool | Any, facts: Any, peak: Any, total: Any) -> Any:
-                k0, loaded = facts
+            def take(slot: Any, needed: bool) -> list[jax.Array]:
+                """Loads facts about the keys of a step whose product is complete, and gives its keys back."""
+                columns = scores.moving(facts_smem, slot) if needed else []
+                plgpu.barrier_arrive(k_empty.at[slot])
+                return columns
+
+            def soften(s: jax.Array, partial: bool | Any, prepared: Any, columns: Any, peak: Any, total: Any) -> Any:
+                k0, known = prepared
+                loaded = ((row_facts, columns), *(known or (None, None)))
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial is True:
                     s = scores.masked(s, loaded, row, k0)
@@ -527,24 +553,24 @@ def forward(
 
             def first(_: Any, carry: Any) -> Any:
                 _, peak, sums = carry
-                facts = prepare(0)
+                prepared = prepare(0)
                 slot = slot_of(0)
 
                 def multiply(acc: Any) -> jax.Array:
                     my_turn()
                     plgpu.barrier_wait(k_full.at[slot])
                     plgpu.wgmma(acc, q_smem.at[worker], _mgpu.transposed(k_smem.at[slot]))
-                    pass_turn()
                     return acc[...]
 
-                s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                plgpu.barrier_arrive(k_empty.at[slot])
-                peak, sums, _, p = soften(s, 0, full == 0, facts, peak, sums)
-                return dropped(p, facts[0]).astype(dtype), peak, sums
+                s = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32)))
+                pass_turn()
+                columns = take(slot, True)
+                peak, sums, _, p = soften(s, full == 0, prepared, columns, peak, sums)
+                return dropped(p, prepared[0]).astype(dtype), peak, sums
 
             def next_step(j: Any, carry: Any, partial: bool) -> Any:
                 out, p, peak, sums = carry
-                facts = prepare(j) if partial else only_index(j)
+                prepared = prepare(j) if partial else only_index(j)
                 slot, before = slot_of(j), slot_of(j - 1)
 
                 def start_scores(acc: Any) -> None:
@@ -553,8 +579,9 @@ def forward(
                     plgpu.wgmma(acc, q_smem.at[worker], _mgpu.transposed(k_smem.at[slot]))
 
                 def meanwhile(s: jax.Array) -> list[jax.Array]:
-                    plgpu.barrier_arrive(k_empty.at[slot])
-                    new = soften(s, j, partial, facts, peak, sums)
+                    pass_turn()
+                    columns = take(slot, partial)
+                    new = soften(s, partial, prepared, columns, peak, sums)
                     return list(new if interpret else lax.optimization_barrier(new))
 
                 if interpret:
@@ -567,7 +594,6 @@ def forward(
                     plgpu.barrier_wait(v_full.at[before])
                     out = out + jnp.dot(p, v_smem[before], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()  # an ordinary read, unlike a product's, is to be over before the next copy
-                    pass_turn()
                     new_peak, new_sums, shrink, exponentials = meanwhile(s)
                 else:
 
@@ -575,7 +601,6 @@ def forward(
                         start_scores(scores_acc)
                         plgpu.barrier_wait(v_full.at[before])
                         plgpu.wgmma(out_acc, p, v_smem.at[before])
-                        pass_turn()
 
                     like = [peak, sums, peak, _filled(0.0, shape, _mgpu.WGMMA)]
                     out, (new_peak, new_sums, shrink, exponentials) = _mgpu.two_products(
@@ -585,7 +610,7 @@ def forward(
                     exponentials = lax.optimization_barrier(exponentials)
                 plgpu.barrier_arrive(v_empty.at[before])
                 out = out * _along_rows(shrink, out.shape)
-                return out, dropped(exponentials, facts[0]).astype(dtype), new_peak, new_sums
+                return out, dropped(exponentials, prepared[0]).astype(dtype), new_peak, new_sums
 
             def last(_: Any, carry: Any) -> Any:
                 (out, p) = carry
@@ -657,9 +682,10 @@ def forward(
             plgpu.SMEM((stages, step_keys, head_dim), dtype, transforms=keyed),
             plgpu.SMEM((stages, step_keys, value_dim), dtype, transforms=valued),
             plgpu.SMEM((2, 2, _HALF, chunk), dtype, transforms=valued),
+            [plgpu.SMEM((stages, step_keys), jnp.int32) for _ in columns],
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + len(columns), num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -705,13 +731,14 @@ def column_sums(
     key_heads = k.shape[2]
     keys = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     block_queries, group_size = blocks[0], heads // key_heads
-    config = config or heuristic(head_dim, block=block_queries)
+    config = config or heuristic(head_dim, block=block_queries, words=1 + len(elements.rows))
     step_rows, stages, parts = config.step, config.stages, block_queries // config.step
     lists_shape = by_key.full.shape
     rounded = lists_shape[2] * BLOCK
     # A tile is of a key head: the lists of its query heads, where they differ, are gone over one after another.
     shared = (lists_shape[0], min(lists_shape[1], key_heads), lists_shape[2])
-    work = _Work(shared, batch, key_heads, min(multiprocessors, batch * key_heads * shared[2]))
+    tiles = batch * key_heads * shared[2]
+    work = _Work(key_heads, shared[2], tiles, min(multiprocessors, tiles))
     scores = _Scores(scale, softcap, score_mod, elements, heads, queries, keys, blocks, keys_are_rows=True)
     lowest = -jnp.inf if reduce == "max_logit" else 0.0
 
@@ -725,8 +752,9 @@ def column_sums(
     rows = [_pad(jnp.asarray(x), 2, padded_rows) for x in elements.rows]
     columns = [_pad(jnp.asarray(x), 2, rounded) for x in elements.columns]
     bits = [] if elements.bits is None else [lax.bitcast_convert_type(jnp.asarray(elements.bits), jnp.int32)]
-    total = jnp.asarray(by_key.total)
-    order = longest_first(total.reshape(*shared[:2], -1, shared[2]).sum(2))
+    total = jnp.asarray(by_key.total).reshape(*shared[:2], -1, shared[2]).sum(2)
+    together = heads_together(by_key, elements, batch * key_heads, 1, 2 * queries * group_size * head_dim)
+    order = tile_order(total, batch, key_heads, together)
     list_arrays = _list_arrays(by_key)
     operands = [q, k, exponent, order, *list_arrays, *rows, *columns, *bits]
     operands += [] if pages is None else [pages.astype(jnp.int32)]
@@ -738,7 +766,7 @@ def column_sums(
         row_refs, column_refs = ([next(remaining) for _ in facts] for facts in (rows, columns))
         bits_ref: Any = next(remaining) if bits else None
         pages_ref: Any = next(remaining) if pages is not None else None
-        out_ref, k_smem, q_smem, k_full, k_empty, q_full, q_empty, turn = remaining
+        out_ref, k_smem, q_smem, exponents_smem, facts_smem, k_full, k_empty, q_full, q_empty, turn = remaining
         group, worker = lax.axis_index("group"), lax.axis_index("worker")
         mine = work.count(group)
 
@@ -774,7 +802,12 @@ def column_sums(
                         def _wait_for_room() -> None:
                             plgpu.barrier_wait(q_empty.at[slot])
 
-                        plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(row, step_rows), h], q_smem.at[slot], q_full.at[slot])
+                        theirs = pl.ds(row, step_rows)
+                        plgpu.copy_gmem_to_smem(q_ref.at[b, theirs, h], q_smem.at[slot], q_full.at[slot])
+                        plgpu.copy_gmem_to_smem(exponent_ref.at[b, h, theirs], exponents_smem.at[slot], q_full.at[slot])
+                        for known, held in zip(row_refs, facts_smem, strict=True):
+                            place = scores.place(known, b, h, row, step_rows)
+                            plgpu.copy_gmem_to_smem(known.at[place], held.at[slot], q_full.at[slot])
 
                     return start + total * parts
 
@@ -793,12 +826,10 @@ def column_sums(
             k0 = n * BLOCK + worker * _HALF
             shape = (_HALF, step_rows)
 
-            def step(j: Any, found: jax.Array, h: Any, first: Any, partial: bool) -> jax.Array:
+            def step(j: Any, found: jax.Array, h: Any, column_facts: Any, first: Any, partial: bool) -> jax.Array:
                 slot, place = lax.rem(first + j, stages), lax.div(j, parts)
                 row = lists.entry("index", b, h, n, place) * block_queries + lax.rem(j, parts) * step_rows
-                exponents = plgpu.load(exponent_ref.at[b, h, pl.ds(row, step_rows)], layout=_COLUMNS, optimized=False)
                 if partial:
-                    facts = scores.facts(shape, row_refs, column_refs, b, h, row, k0)
                     pointer = lists.entry("pointer", b, h, n, place)
                     words = None if bits_ref is None else scores.words(shape, bits_ref, pointer, row, k0)
                     flags = lists.entry("flags", b, h, n, place)
@@ -808,35 +839,40 @@ def column_sums(
                         plgpu.barrier_wait(turn.at[worker])
                     plgpu.barrier_wait(q_full.at[slot])
                     plgpu.wgmma(acc, k_smem.at[worker], _mgpu.transposed(q_smem.at[slot]))
-                    if config.turns:
-                        plgpu.barrier_arrive(turn.at[1 - worker])
                     return acc[...]
 
-                s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                s = lax.optimization_barrier(pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32)))
+                if config.turns:
+                    plgpu.barrier_arrive(turn.at[1 - worker])
+                exponents = _along_columns(plgpu.load(exponents_smem.at[slot], layout=_COLUMNS), shape)
+                row_facts = scores.moving(facts_smem, slot) if partial else []
                 plgpu.barrier_arrive(q_empty.at[slot])
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial:
-                    s = scores.masked(s, (facts, words, flags), row, k0)
-                exponents = _along_columns(exponents, shape)
+                    s = scores.masked(s, ((row_facts, column_facts), words, flags), row, k0)
                 if reduce == "max_logit":
                     s = jnp.where(exponents == jnp.inf, -jnp.inf, s * (factor / LOG2E))
-                    return jnp.maximum(found, jnp.max(s, axis=1))
-                p = jnp.exp2(s * factor - exponents)
-                return found + jnp.sum(p, axis=1) if reduce == "sum" else jnp.maximum(found, jnp.max(p, axis=1))
+                else:
+                    s = jnp.exp2(s * factor - exponents)
+                combine = jnp.add if reduce == "sum" else jnp.maximum
+                pieces = [s[:, i : i + 8] for i in range(0, step_rows, 8)]
+                return combine(found, functools.reduce(combine, pieces))
 
             def head(u: Any, carry: Any) -> Any:
                 found, first = carry
                 h = key_head * group_size + u
                 full, total = lists.counts(b, h, n)
+                column_facts = scores.fixed(column_refs, b, h, k0)
                 for low, high, partial in ((0, full, False), (full, total, True)):
-                    run = functools.partial(step, h=h, first=first, partial=partial)
+                    run = functools.partial(step, h=h, column_facts=column_facts, first=first, partial=partial)
                     found = lax.fori_loop(low * parts, high * parts, run, found)
                 return found, first + total * parts
 
             plgpu.barrier_wait(k_full)
-            found, start = lax.fori_loop(0, group_size, head, (_filled(lowest, (_HALF,), _ROWS), start))
+            found, start = lax.fori_loop(0, group_size, head, (_filled(lowest, (_HALF, 8), _mgpu.WGMMA), start))
             plgpu.barrier_arrive(k_empty)
-            out_ref.at[b, key_head, pl.ds(k0, _HALF)][...] = found
+            whole = jnp.sum(found, axis=1) if reduce == "sum" else jnp.max(found, axis=1)
+            out_ref.at[b, key_head, pl.ds(k0, _HALF)][...] = whole
             return start
 
         @pl.when(worker < 2)
@@ -866,9 +902,11 @@ def column_sums(
         scratch_types=(
             plgpu.SMEM((2, _HALF, head_dim), q.dtype, transforms=swizzled),
             plgpu.SMEM((stages, step_rows, head_dim), q.dtype, transforms=swizzled),
+            plgpu.SMEM((stages, step_rows), jnp.float32),
+            [plgpu.SMEM((stages, step_rows), jnp.int32) for _ in rows],
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 + len(rows), num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=2),
         ),

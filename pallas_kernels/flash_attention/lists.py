@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
+L2_BYTES = 32 * 2**20
+"""What may be read again and again at a time; a Hopper GPU has 50 MiB of L2 cache."""
 
 
 class BlockList(NamedTuple):
@@ -52,3 +54,20 @@ class Elements:
     columns: tuple[Array, ...] = ()
     bits: Array | None = None
     test: Callable[..., Any] | None = None
+
+
+def heads_together(lists: BlockList, elements: Elements, pairs: int, sharing: int, bytes_each: int) -> int:
+    """Returns how many pairs of batch and head are gone through at a time, a divisor of their number.
+
+    Args:
+      lists, elements: of all blocks. Where they follow from positions alone, blocks that run at a time read the same
+        part of a head's operands anyhow, and all pairs are taken.
+      pairs: batch times heads.
+      sharing: neighbours that read the same operands.
+      bytes_each: what the tiles of a pair, or of such neighbours, read between them.
+    """
+    facts = [*elements.rows, *elements.columns, *(x for x in (lists.flags, lists.pointer) if x is not None)]
+    if not facts and lists.full.shape[:2] == (1, 1):
+        return pairs
+    most = max(1, L2_BYTES // bytes_each) * sharing
+    return max(n for n in range(1, pairs + 1) if pairs % n == 0 and n <= most)

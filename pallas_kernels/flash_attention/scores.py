@@ -17,10 +17,33 @@ ScoreMod = Callable[..., jax.Array]
 """``score_mod(s, b, h, q, k) -> s``: float32 scores and int32 positions that broadcast against them."""
 
 
-def reads_arrays(score_mod: ScoreMod) -> bool:
-    """Returns whether a ``score_mod`` reads arrays besides its arguments, of which a kernel knows nothing."""
+_KNOWN = {
+    *("abs", "add", "add_any", "and", "atan2", "bitcast_convert_type", "broadcast_in_dim", "clamp", "cos", "div", "eq"),
+    *("convert_element_type", "erf", "exp", "exp2", "ge", "gt", "integer_pow", "jit", "le", "log", "log2", "lt", "max"),
+    *("min", "mul", "ne", "neg", "not", "or", "pjit", "rem", "round", "rsqrt", "select_n", "shift_left", "sign", "sin"),
+    *("shift_right_arithmetic", "shift_right_logical", "sqrt", "square", "sub", "tanh", "xor"),
+}
+"""Operations that Mosaic GPU compiles and a ``score_mod`` may be made of."""
+
+
+def no_kernel_for(score_mod: ScoreMod) -> str | None:
+    """Returns what of a ``score_mod`` no kernel can do, or None."""
     numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, *[jnp.int32] * 4)]
-    return bool(jax.make_jaxpr(score_mod)(*numbers).consts)
+
+    def both(s: jax.Array, *positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return slope(s, None, score_mod, *positions)
+
+    traced = jax.make_jaxpr(both)(*numbers)
+    if traced.consts:
+        return "reads arrays"
+    names = _operations(traced.jaxpr) - _KNOWN
+    return f"takes {', '.join(sorted(names))}" if names else None
+
+
+def _operations(jaxpr: Any) -> set[str]:
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    inner = [equation.params["jaxpr"].jaxpr for equation in jaxpr.eqns if equation.primitive.name in ("jit", "pjit")]
+    return found.union(*map(_operations, inner))
 
 
 def modified(s: jax.Array, softcap: float | None, score_mod: ScoreMod | None, *positions: jax.Array) -> jax.Array:

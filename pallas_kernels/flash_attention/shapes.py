@@ -17,6 +17,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
+    "causal-2k": Shape(4, 32, 8, 2048, 128, ("causal",)),
     "causal-8k": Shape(1, 16, 16, 8192, 128, ("causal",)),
     "causal-16k": Shape(1, 16, 16, 16384, 128, ("causal",)),
     "causal-8k/d64": Shape(1, 32, 32, 8192, 64, ("causal",)),

@@ -31,7 +31,8 @@ def _compare(model, tokens, **options):
     assert float(jnp.abs(chosen - xla).mean()) < 0.02 * float(jnp.abs(xla).mean())
     for a, b in zip(jax.tree.leaves(chosen_gradient), jax.tree.leaves(xla_gradient)):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.linalg.norm(a - b) <= 0.05 * np.linalg.norm(b)
+        # A shift of all keys changes no softmax: the gradient of their bias is rounding alone.
+        assert np.linalg.norm(a - b) <= 0.05 * max(np.linalg.norm(b), 1)
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2_windows"])

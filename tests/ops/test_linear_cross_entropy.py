@@ -417,7 +417,7 @@ def test_the_way_with_kernels_lowers_for_cuda(shape, chunk, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_kernels_and_xla_agree_on_a_device(settings):
-    tokens, width, entries, w_axis = 700, 256, 5000, settings.get("w_axis", 0)
+    tokens, width, entries, w_axis = 700, 256, 4992, settings.get("w_axis", 0)
     w = array(1, width, entries) if w_axis == 0 else array(1, entries, width)
     arrays = {"x": array(0, tokens, width), "w": w / width**0.5, "bias": array(2, entries)}
     arrays = {name: leaf.astype(jnp.bfloat16) for name, leaf in arrays.items()}

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels._bits import seed_words
 from pallas_kernels.flash_attention import BlockList, Elements, kernel
+from pallas_kernels.flash_attention import lists as lists_module
 from pallas_kernels.flash_attention.scores import stays
 from pallas_kernels.flash_attention.shapes import SHAPES
 
@@ -210,8 +211,10 @@ def test_pages_and_flags():
 
 def test_tiles_are_each_computed_once_in_balance():
     for lists_shape, batch, heads, blocks in (((1, 1, 7), 3, 4, 5), ((3, 1, 7), 3, 4, 132), ((1, 2, 5), 2, 4, 3)):
-        work = kernel._Work(lists_shape, batch, heads, min(blocks, batch * heads * lists_shape[2]))
-        order = jnp.asarray(np.random.default_rng(0).permutation(np.prod(lists_shape)), jnp.int32)
+        tiles = batch * heads * lists_shape[2]
+        work = kernel._Work(heads, lists_shape[2], tiles, min(blocks, tiles))
+        totals = np.random.default_rng(0).integers(0, 9, lists_shape)
+        order = kernel.tile_order(jnp.asarray(totals), batch, heads, heads)
         found = []
         for group in range(work.groups):
             group = jnp.int32(group)
@@ -248,23 +251,49 @@ def test_no_operand_is_fetched_over_while_it_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "random"])
-def test_blocks_get_like_amounts(kind):
+@pytest.mark.parametrize("together", [4, 16])
+def test_blocks_get_like_amounts(kind, together):
     rows = {
-        "causal": np.arange(1, 65),
+        "causal": np.arange(1, 129),
         "window": np.minimum(np.arange(1, 129), 9),
         "random": np.random.default_rng(0).binomial(256, 0.05, 256),
     }[kind]
-    work = kernel._Work((1, 1, len(rows)), 1, 16, 132)
-    order = np.asarray(kernel.longest_first(jnp.asarray(rows)))
-    steps = np.arange(-(-work.tiles // 132))[:, None]
+    n = len(rows)
+    order = np.asarray(kernel.tile_order(jnp.asarray(rows, jnp.int32)[None, None], 1, 16, together))
+    np.testing.assert_array_equal(np.sort(order), np.arange(16 * n))
+    np.testing.assert_array_equal(np.sort(order[: n * together]), np.arange(together * n))
+    work = kernel._Work(16, n, 16 * n, 132)
+    steps = np.arange(-(-work.tiles // 132))
 
     def amount(group):
         mine = int(work.count(jnp.int32(group)))
-        _, _, place = work.tile(jnp.asarray(steps[:mine, 0], jnp.int32), jnp.int32(group), jnp.asarray(order))
+        _, _, place = work.tile(jnp.asarray(steps[:mine], jnp.int32), jnp.int32(group), jnp.asarray(order))
         return rows[np.asarray(place)].sum()
 
     amounts = [amount(group) for group in range(132)]
-    assert max(amounts) < 1.02 * np.mean(amounts)
+    assert max(amounts) < (1.02 if together == 16 or kind != "window" else 1.08) * np.mean(amounts)
+
+
+def test_tiles_of_lists_that_differ_by_head_come_by_length():
+    totals = np.random.default_rng(0).integers(0, 9, (2, 2, 5)).astype(np.int32)
+    order = np.asarray(kernel.tile_order(jnp.asarray(totals), 2, 4, 4))
+    lengths = np.repeat(totals, 2, 1).reshape(-1)[order]
+    np.testing.assert_array_equal(np.sort(order[:20]), np.arange(20))
+    assert (np.diff(lengths[:20]) >= 0).all() and (np.diff(lengths[20:]) <= 0).all()
+
+
+def test_heads_that_read_the_same_stay_together():
+    lists = BlockList(*(np.zeros((1, 1, 4, *tail), np.int32) for tail in ((2,), (), ())), None, None)
+    none = Elements()
+    assert lists_module.heads_together(lists, none, 32, 4, 2**30) == 32
+    lists = lists._replace(flags=np.zeros((1, 1, 4, 2), np.int32))
+    assert [lists_module.heads_together(lists, none, 32, 4, lists_module.L2_BYTES // n) for n in (1, 2, 4, 100)] == [
+        4,
+        8,
+        16,
+        32,
+    ]
+    assert lists_module.heads_together(lists, none, 6, 1, lists_module.L2_BYTES // 4) == 3
 
 
 def test_what_the_kernel_cannot_take_is_said():
@@ -279,6 +308,8 @@ def test_what_the_kernel_cannot_take_is_said():
     slope = jnp.float32(0.5)
     reads = kernel.unsupported(q, k, k, blocks=(128, 64), score_mod=lambda s, b, h, q, k: s * slope)
     assert "reads arrays" in reads
+    power = kernel.unsupported(q, k, k, blocks=(128, 64), score_mod=lambda s, b, h, q, k: jnp.abs(s) ** 1.5)
+    assert "takes pow" in power
     assert "pages of 64" in kernel.unsupported(q, k, k, blocks=(128, 128), pages=S((1, 1), jnp.int32))
 
 
