@@ -18,10 +18,21 @@ SHORTER = {  # notebook: what a short run replaces
         "LAYERS, STEPS = 4, 12": "LAYERS, STEPS = 4, 2",
         "in adapters.items()": 'in [(name, adapters[name]) for name in ("lora", "lamda", "ia3")]',
     },
+    "03_activation_memory": {
+        '["none", "full", "8bit", "4bit", "full-4bit"]': '["none", "full", "4bit"]',
+        "depths = [6, 12, 18]": "depths = [6, 18]",
+        '("8bit", "full-8bit", "4bit", "full-4bit", "2bit")': '("8bit", "4bit")',
+    },
     "04_optimizers": {
         "STEPS, BATCH, LENGTH = 150, 16, 64": "STEPS, BATCH, LENGTH = 20, 4, 64",
         "in contest.items()": 'in [(name, contest[name]) for name in ("AdamW", "GaLore", "FRUGAL")]',
         "(2, 6, 10)": "(2, 6)",
+    },
+    "05_sparse_attention": {
+        "S, BLOCKS = 2048, (128, 128)": "S, BLOCKS = 1024, (128, 128)",
+        "counts = [2, 4, 8, 16, 32]": "counts = [4, 32]",
+        "room = 1024": "room = 512",
+        "in compared.items()": "in list(compared.items())[1:3]",
     },
 }
 
