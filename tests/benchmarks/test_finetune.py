@@ -16,9 +16,10 @@ TINY = finetune.TINY
 JAX_STACKS = ("plain_jax", "memjax", "memjax_int4", "memjax_nf4_int8")
 
 
-@pytest.mark.parametrize(
-    "stack", [pytest.param(stack, marks=[pytest.mark.smoke] * (stack == "memjax")) for stack in finetune.STACKS]
-)
+MARKS = {"memjax": pytest.mark.smoke, "memjax_int4": pytest.mark.slow, "memjax_nf4_int8": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("stack", [pytest.param(stack, marks=MARKS.get(stack, ())) for stack in finetune.STACKS])
 def test_case_runs_and_learns(stack, monkeypatch):
     if stack == "peft":
         for package in ("torch", "transformers", "peft"):
