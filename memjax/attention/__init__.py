@@ -2,7 +2,7 @@
 
 from memjax.attention import masks
 from memjax.attention.alisa import alisa_mask
-from memjax.attention.attend import attend, column_sums, default_blocks
+from memjax.attention.attend import attend, block_lists, column_sums, default_blocks
 from memjax.attention.block_mask import BlockMask, block_mask_in_program, make_block_mask
 from memjax.attention.escaip import frequency_embedding, neighbour_attention, spherical_harmonics
 from memjax.attention.expression import Mask
@@ -30,6 +30,7 @@ __all__ = [
     "alisa_mask",
     "anchor_positions",
     "attend",
+    "block_lists",
     "block_mask_in_program",
     "block_scores",
     "block_topk",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.attention import masks
-from memjax.attention.block_mask import BlockMask, block_mask_in_program, make_block_mask
+from memjax.attention.block_mask import BlockMask, block_mask_in_program
 from memjax.attention.choice import (
     CUDNN_WINS,
     Implementation,
@@ -144,11 +144,9 @@ def attend(
 
     implementation = _of_kernels(implementation)
     if block_mask is None:
-        if blocks is None:
-            page = None if pages is None else k.shape[1]
-            blocks = _fitted(default_blocks(q.shape, T, page, implementation), mask, S, T, implementation)
+        blocks = blocks or _fitted_blocks(mask, q.shape, T, None, None if pages is None else k.shape[1], implementation)
         whole = mask if not jax.tree.leaves(mask) else None
-        made = None if whole is not None else make_block_mask(mask, S, T, blocks=blocks)
+        made = None if whole is not None else block_mask_in_program(mask, S, T, blocks=blocks)
     else:
         _check_sizes(block_mask, S, T)
         whole, made, blocks = None, block_mask, block_mask.blocks
@@ -208,7 +206,7 @@ def column_sums(
     Raises:
       ValueError: operands that do not fit each other, an implementation that cannot run.
     """
-    S, T = q.shape[1], k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
+    T = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     if block_mask is not None and (mask is not None or blocks is not None):
         raise ValueError("block_mask stands in place of mask and blocks")
     if lse.shape != q.shape[:3]:
@@ -216,6 +214,10 @@ def column_sums(
     if implementation == "cudnn":
         raise ValueError("cuDNN has no column sums; implementation must be 'mosaic_gpu', 'xla', 'reference' or None")
     how = _of_kernels(implementation)
+    if block_mask is None:
+        page = None if pages is None else k.shape[1]
+        mask = masks.full() if mask is None else mask
+        block_mask = block_lists(mask, q.shape, T, rows=rows, page=page, blocks=blocks, implementation=implementation)
     q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
     modified = score_mod
     if rows is not None:
@@ -223,17 +225,7 @@ def column_sums(
         q, lse = (jnp.take(x, rows, axis=1, mode="clip") for x in (q, lse))
         if score_mod is not None:
             modified = lambda s, b, h, q, k: score_mod(s, b, h, rows[q], k)  # noqa: E731
-    if block_mask is None:
-        mask = masks.full() if mask is None else mask
-        if blocks is None:
-            page = None if pages is None else k.shape[1]
-            blocks = _fitted(default_blocks(q.shape, T, page, implementation), mask, S, T, implementation)
-        if rows is None and not jax.tree.leaves(mask):
-            block_mask = block_mask_in_program(mask, S, T, blocks=blocks)
-        else:
-            block_mask = make_block_mask(mask, S, T, blocks=blocks, rows=rows)
-    else:
-        _check_sizes(block_mask, q.shape[1], T)
+    _check_sizes(block_mask, q.shape[1], T)
     sums = kernels.column_sums(
         q,
         k,
@@ -276,13 +268,40 @@ def default_blocks(
     return bq, page or bk
 
 
-def _fitted(
-    blocks: tuple[int, int], mask: Mask, S: int, T: int, implementation: Implementation | None
+def block_lists(
+    mask: Mask,
+    q_shape: tuple[int, ...],
+    T: int,
+    *,
+    rows: Any = None,
+    page: int | None = None,
+    blocks: tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
+) -> BlockMask:
+    """Returns the lists of a mask as `attend` makes them: arrays of the program, which several calls may share.
+
+    Args:
+      mask: of the queries and keys.
+      q_shape: ``[B, S, H, D]`` of the queries.
+      T: keys.
+      rows: int32 ``[R]``, the queries that take part; None for all.
+      page: keys per page, which then are those of a block.
+      blocks: queries and keys per block; None chooses.
+      implementation: what is going to read them.
+    """
+    blocks = blocks or _fitted_blocks(mask, q_shape, T, rows, page, implementation)
+    return block_mask_in_program(mask, q_shape[1], T, blocks=blocks, rows=rows)
+
+
+def _fitted_blocks(
+    mask: Mask, q_shape: tuple[int, ...], T: int, rows: Any, page: int | None, implementation: Implementation | None
 ) -> tuple[int, int]:
-    """Returns XLA's blocks made small enough to divide the rectangles that a mask selects, unless those are tiny.
+    """Returns `default_blocks`, for XLA small enough to divide what rectangles a mask selects, unless they are tiny.
 
     The truth of a rectangle is a flag per block then, and no bits of elements are stored.
     """
+    batch, S, *rest = q_shape
+    blocks = default_blocks((batch, S if rows is None else len(rows), *rest), T, page, implementation)
     if _of_kernels(implementation) != "xla":
         return blocks
     for _, size in mask.tile_data(S, T):

@@ -139,21 +139,20 @@ def make_block_mask(
     return _build(facts, sizes, full, visit, room, lost if facts.xp is jnp else None)
 
 
-def block_mask_in_program(mask: Mask, S: int, T: int, *, blocks: tuple[int, int] = (128, 128)) -> BlockMask:
-    """Returns the lists of a static mask, computed by jax: under `jax.jit` they are no constants of the program.
+def block_mask_in_program(
+    mask: Mask, S: int, T: int, *, blocks: tuple[int, int] = (128, 128), rows: Array | None = None
+) -> BlockMask:
+    """Returns the lists of a mask, computed by jax: under `jax.jit` they are no constants of the program.
 
-    How long lists must be is found in NumPy, once for a mask without arrays.
+    Those of a static mask are as long as they must be, which is found in NumPy, once for a mask without arrays; those
+    of a dynamic one, or of some rows, have room for all blocks.
 
     Args:
-      mask: a static mask.
-      S, T, blocks: as in `make_block_mask`.
-
-    Raises:
-      ValueError: a dynamic mask, the lists of which need a declared capacity.
+      mask, S, T, blocks, rows: as in `make_block_mask`.
     """
     leaves = jax.tree.leaves(mask)
-    if any(isinstance(leaf, jax.Array) for leaf in leaves):
-        raise ValueError(f"{mask} holds jax arrays; make_block_mask builds the lists of a dynamic mask")
+    if rows is not None or any(isinstance(leaf, jax.Array) for leaf in leaves):
+        return make_block_mask(mask, S, T, blocks=blocks, rows=rows)
     room = (_static_room if leaves else _cached_room)(mask, S, T, blocks)
     facts = resolve(mask, S, T, xp=jnp)
     return _build(facts, blocks, *_classify(facts, blocks), room, None)

@@ -153,7 +153,7 @@ def attend_blocks(
     Args:
       q: ``[B, S, H, Dh]``.
       k, v: ``[B, T, Hk, Dh]``.
-      shown: a mask, or its lists such as `block_lists` makes.
+      shown: a mask, or its lists such as `memjax.attention.block_lists` makes.
       implementation: None for the best that runs.
 
     Returns:
@@ -166,28 +166,6 @@ def attend_blocks(
         return sparse.attend(q, k, v, implementation=implementation, **{name: shown})
 
     return checkpoint_name(join_heads(attention, q.shape[2])(q, k, v, shown), "attn_out")
-
-
-def block_lists(
-    mask: sparse.Mask,
-    q_shape: tuple[int, ...],
-    keys: int,
-    rows: jax.Array | None = None,
-    implementation: Literal["xla"] | None = None,
-) -> sparse.BlockMask:
-    """Returns a mask's lists of blocks as arrays of the program, which all layers may read.
-
-    Args:
-      mask: of ``keys`` queries and keys.
-      q_shape: ``[B, S, H, Dh]``.
-      keys: T.
-      rows: int32 ``[S]``, the positions of the queries; None where they are all, S = T.
-      implementation: what is going to read them.
-    """
-    blocks = sparse.default_blocks(q_shape, keys, implementation=implementation)
-    if rows is None and not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mask)):
-        return sparse.block_mask_in_program(mask, keys, keys, blocks=blocks)
-    return sparse.make_block_mask(mask, keys, keys, blocks=blocks, rows=rows)
 
 
 def again_if_packed(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

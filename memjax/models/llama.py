@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from memjax.attention import Mask, masks
+from memjax.attention import Mask, block_lists, masks
 from memjax.models.layers import (
     Attention as AttentionChoice,
 )
@@ -30,7 +30,6 @@ from memjax.models.layers import (
     again_if_packed,
     attend,
     attend_blocks,
-    block_lists,
     prefix_length,
     replace_prefix,
     require_sizes,
@@ -298,7 +297,7 @@ class Llama(nnx.Module):
             return lambda q, k, v, window: attend(q, k, v, causal=True, window=window, implementation=implementation)
         if implementation == "cudnn":
             raise ValueError("attention='cudnn' cannot tell segments apart; None and 'xla' can")
-        shape = (batch, keys if rows is None else len(rows), self.config.num_heads, self.config.head_dim)
+        shape = (batch, keys, self.config.num_heads, self.config.head_dim)
 
         def shown(window: int | None, *more: Mask) -> Mask:
             past = masks.causal() if window is None else masks.window(window - 1, 0)
@@ -307,7 +306,8 @@ class Llama(nnx.Module):
 
         if policy is None:
             lists = {
-                window: block_lists(shown(window), shape, keys, rows, implementation) for window in self._windows()
+                window: block_lists(shown(window), shape, keys, rows=rows, implementation=implementation)
+                for window in self._windows()
             }
             return lambda q, k, v, window: attend_blocks(q, k, v, lists[window], implementation)
 

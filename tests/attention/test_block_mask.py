@@ -282,9 +282,6 @@ BAD = {
     "a table in short blocks": (
         lambda: make_block_mask(masks.array(np.eye(32) > 0), 32, 32, blocks=(16, 16)), ValueError, "multiple of 32",
     ),
-    "a dynamic mask in the program": (
-        lambda: block_mask_in_program(masks.prefix(jnp.ones(1, int)), 8, 8), ValueError, "dynamic",
-    ),
 }  # fmt: skip
 
 
