@@ -12,10 +12,14 @@ back. The second operand of each product lies in shared memory, P and dS stay in
 
 What it costs, V being the visited scores of all heads: `query_gradient` 2 V (2 D + Dv) FLOPs, `key_value_gradients`
 4 V (D + Dv), and an exponential of each score in both. For D = Dv these are 14 D V, where a kernel that computed the
-scores once would do with 10 D V. B 1, H 16, D 128 at 990 TFLOP/s: causal, S 8192, 0.41 and 0.55 TFLOP, 0.97 ms; window
-1024 at S 16384, 0.47 ms. Registers that tiles take of a computing warpgroup's thread, counted and not measured, of
-232 (of 255 where one warpgroup computes), and shared memory of a block, of 227 KiB; `key_value_gradients` takes 16
-more registers for the log-sum-exp before P is there, and the product of P 16 while it runs:
+scores once would do with 10 D V. On an H100 with B 1, H 16, D 128, causal at S 8192 they take 0.56 and 0.78 ms (750
+and 720 TFLOP/s), window 1024 at S 16384 0.37 and 0.49 ms (600 and 620).
+
+Registers decide in `key_value_gradients`: where they do not suffice, ptxas makes products wait for each other, which
+cost a quarter of the speed. Hence 240 for computing threads, and products that begin with the log-sum-exp and delta
+taken off in their accumulators, where scores are plain, so that neither needs a register. Registers that tiles take of
+a computing warpgroup's thread, of 232 and 240 (of 255 where one warpgroup computes), and shared memory of a block, of
+227 KiB; the product of P takes 16 more while it runs:
 
     D, Dv      query_gradient                       key_value_gradients
     64, 64     32 dQ + 64 S, dP + 16 dS, 96 KiB     64 dK, dV + 64 + 16, 98 KiB

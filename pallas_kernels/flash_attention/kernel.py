@@ -19,6 +19,11 @@ same list, hence the same number of steps.
 
 Floor: ``2 (D + Dv)`` FLOPs and one exponential for every visited element and query head; at D = 128 the exponentials
 take half the time of the products, at D = 64 as long. Widths such as 96 are not padded: their tiles are 64 bytes wide.
+On an H100 with D = 128, causal at S 8192 runs at 630 TFLOP/s of what is visited, window 1024 at S 16384 at 540.
+
+Facts that a mask reads about keys (documents, say) travel with the keys; those about queries are loaded once a tile.
+Where lists are not those of positions, heads take turns, so that their keys stay in the L2 cache: random blocks of all
+heads at once ran at the speed of HBM.
 
 `column_sums` keeps 128 keys of a key head in place, 64 a warpgroup, and goes over the queries of the list of every
 head of the group: ``2 D`` FLOPs and an exponential for every visited element. Keys are the rows of its tiles, so that a
