@@ -95,8 +95,8 @@ def heuristic(head_dim: int, value_dim: int = 0, block: int = 128, words: int = 
     step = 128 if block % 128 == 0 else 64
     if value_dim > 128 or smem_bytes(Config(step, 2), head_dim, value_dim, words) > SHARED_BYTES:
         step = 64
-    stages = 2
-    while value_dim and stages < 4 and smem_bytes(Config(step, stages + 1), head_dim, value_dim, words) <= SHARED_BYTES:
+    stages, most = 2, 4 if value_dim else 2  # `column_sums` gains nothing by more
+    while stages < most and smem_bytes(Config(step, stages + 1), head_dim, value_dim, words) <= SHARED_BYTES:
         stages += 1
     return Config(step, stages)
 
