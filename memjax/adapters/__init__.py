@@ -1,6 +1,6 @@
 """Adapters: few trained numbers that change a frozen model. One file per method."""
 
-from memjax.adapters.adapter import Adapter, AdapterBytes, MergeError, load
+from memjax.adapters.adapter import METHODS, Adapter, AdapterBytes, MergeError, adapted, load
 from memjax.adapters.bias_only import BiasOnly, bias_only
 from memjax.adapters.ce_ssl import CeSsl, ce_ssl, concat_batches, cutmix, plan_ranks_one_shot
 from memjax.adapters.conv_bn import conv_bn_tune, fold_bn
@@ -23,6 +23,7 @@ from memjax.adapters.stack import PerRow, attach_stack, average, compose, stack
 from memjax.adapters.vera import Vera, vera
 
 __all__ = [
+    "METHODS",
     "Adapter",
     "AdapterBytes",
     "BiasOnly",
@@ -43,6 +44,7 @@ __all__ = [
     "TeacherTopK",
     "Vera",
     "act_rms",
+    "adapted",
     "allocate_budget",
     "attach_stack",
     "average",

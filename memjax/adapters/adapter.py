@@ -65,7 +65,8 @@ class Weight(NamedTuple):
 class Adapter(abc.ABC):
     """A method's settings and the functions that use them; every method is a frozen dataclass made by its factory.
 
-    A method gives `start` and `view`, and where it moves a part of the weight into its factors, `rebase`.
+    A method gives `start` and `view`, and where it moves a part of the weight into its factors, `rebase`. `load` finds
+    it once its factory is entered in `METHODS`.
 
     Attributes:
       method: name of the factory.
@@ -271,7 +272,7 @@ class Adapter(abc.ABC):
             select(params, pattern)
         return select(params, [plain for pattern in patterns for plain in expand_braces(pattern)])
 
-    def _weights(self, params: Any) -> list[Weight]:
+    def weights(self, params: Any) -> list[Weight]:
         """Returns the weights that the method adapts.
 
         Raises:

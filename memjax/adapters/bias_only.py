@@ -68,7 +68,7 @@ class BiasOnly(Adapter):
                     f"{path}: expected an array to add to, got {type(leaves[path]).__name__}; see kernels="
                 )
             theta[path] = {"shift": jnp.zeros(leaves[path].shape, self.dtype)}
-        for weight in replace(self, targets=self.kernels)._weights(params):
+        for weight in replace(self, targets=self.kernels).weights(params):
             bias = bias_of(weight.path)
             if bias not in leaves:
                 theta[weight.path] = {"bias": jnp.zeros((*weight.batch, *weight.outputs), self.dtype)}

@@ -125,7 +125,7 @@ class CeSsl(Adapter):
         """
         theta: Theta = {}
         check_patterns(params, self.rank)
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             ranks = ranks_of(weight, self.rank)
             r = int(ranks.max())
             a_shape = (*weight.batch, *weight.inputs, r)
@@ -160,7 +160,7 @@ class CeSsl(Adapter):
     def padding(self, params: Any) -> AdapterBytes:
         """Returns the bytes of `nbytes` that only fill smaller ranks of a stack up to its largest."""
         spare = 0
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             ranks = ranks_of(weight, self.rank)
             spare += int(ranks.max() * ranks.size - ranks.sum()) * (weight.d_in + weight.d_out)
         return AdapterBytes(spare * self.dtype.itemsize, 0)
@@ -242,7 +242,7 @@ def plan_ranks_one_shot(
     if score not in ("taylor", "fisher"):
         raise ValueError(f"score must be 'taylor' or 'fisher', got {score!r}")
     adapter = ce_ssl(rank, deactivation=0.0, targets=targets, axes=axes)
-    weights = adapter._weights(params)
+    weights = adapter.weights(params)
     theta = adapter.init(jax.random.key(0) if key is None else key, params)
 
     def importance(view: WeightView, a: jax.Array, db: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ def plan_ranks_one_shot(
 
         grads = jax.grad(loss)({path: factors["b"] for path, factors in theta.items()})
         scores = []
-        for weight in adapter._weights(params):
+        for weight in adapter.weights(params):
             a = theta[weight.path]["a"].reshape(*weight.batch, weight.d_in, rank)
             db = grads[weight.path].reshape(*weight.batch, rank, weight.d_out)
             scores.append(per_matrix(importance, adapter._as_view(weight.path, weight.leaf), a, db))

@@ -62,7 +62,7 @@ class Decomposed(Adapter):
         theta: Theta = {}
         constants: Constants = {}
         plain = self._lora()
-        for weight in plain._weights(params):
+        for weight in plain.weights(params):
             path, rank = weight.path, plain._rank(weight.path)
             check_rank(path, rank, weight.d_in, weight.d_out)
             scale = plain.scale(path, rank)

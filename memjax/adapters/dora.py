@@ -49,7 +49,7 @@ class Dora(Lora):
         """
         theta, _ = super().start(key, params)
         constants: Constants = {}
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             squares = per_matrix(_squares, self._as_view(weight.path, weight.leaf))
             squares = squares.reshape(*weight.batch, *weight.outputs)
             theta[weight.path]["m"] = _root(squares)

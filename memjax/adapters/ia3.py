@@ -52,7 +52,7 @@ class Ia3(Adapter):
         Raises:
           ValueError: a pattern that matches nothing, a feed-forward weight that is no target.
         """
-        weights = self._weights(params)
+        weights = self.weights(params)
         patterns = [self.feedforward] if isinstance(self.feedforward, str) else list(self.feedforward)
         rows = set(select(params, patterns))
         if rows - {weight.path for weight in weights}:

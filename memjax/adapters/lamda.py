@@ -160,7 +160,7 @@ class Lamda(Adapter):
         theta: Theta = {}
         constants: Constants = {}
         check_patterns(params, self.rank)
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             ranks = ranks_of(weight, self.rank)
             n, r = len(weight.batch), int(ranks.max())
             if self.initializer == "reference":
@@ -273,7 +273,7 @@ class Lamda(Adapter):
     def padding(self, params: Any) -> AdapterBytes:
         """Returns the bytes of `nbytes` that only fill smaller ranks of a stack up to its largest."""
         trained = constants = 0
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             ranks = ranks_of(weight, self.rank)
             r, spare = int(ranks.max()), int(ranks.max() * ranks.size - ranks.sum())
             trained += ranks.size * r * r - int((ranks**2).sum()) + spare * weight.d_out
@@ -450,7 +450,7 @@ def lamda_plan(
     sizes = sorted({mean_rank // 2, mean_rank, 2 * mean_rank} - {0} if candidates is None else set(candidates))
     check_ranks({"candidates": sizes})
     adapter = lamda(1, targets=targets, axes=axes)
-    weights = adapter._weights(params)
+    weights = adapter.weights(params)
 
     def flatness(view: WeightView) -> jax.Array:
         energy = jnp.square(jnp.linalg.svd(matrix_of(view), compute_uv=False))

@@ -61,7 +61,7 @@ class Lora(Adapter):
           ValueError: a pattern that matches nothing, a leaf of fewer than two axes, a rank above the matrix's.
         """
         theta: Theta = {}
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             path, rank = weight.path, self._rank(weight.path)
             check_rank(path, rank, weight.d_in, weight.d_out)
             a_shape, b_shape = (*weight.batch, *weight.inputs, rank), (*weight.batch, rank, *weight.outputs)

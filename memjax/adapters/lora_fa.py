@@ -41,7 +41,7 @@ class LoraFa(Lora):
         """
         theta: Theta = {}
         constants: Constants = {}
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             rank = self._rank(weight.path)
             check_rank(weight.path, rank, weight.d_in, weight.d_out)
             leaf_key = jax.random.fold_in(key, path_seed(weight.path))

@@ -59,7 +59,7 @@ def lrec_init(
     adapter = lora(rank=rank, targets=targets, dtype=dtype)
     floats = dict(leaf_paths(params))
     theta: Theta = {}
-    for weight in adapter._weights(quantized):
+    for weight in adapter.weights(quantized):
         path, r = weight.path, adapter._rank(weight.path)
         if not is_view(weight.leaf):
             raise ValueError(f"{path}: expected a quantized weight, found a dense array; it has no error to correct")

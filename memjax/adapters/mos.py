@@ -67,7 +67,7 @@ class Mos(Adapter):
           ValueError: a pattern that matches nothing, ranks or shards that do not fit a leaf.
         """
         classes: dict[str, list[Weight]] = {}
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             check_rank(weight.path, self.rank, weight.d_in, weight.d_out)
             for name, size in (("inputs", weight.d_in), ("outputs", weight.d_out)):
                 if size % self.shards:

@@ -388,7 +388,7 @@ class Snell(Adapter):
         theta: Theta = {}
         constants: Constants = {}
         k = self.rank // self.heads
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             size = weight.d_in * weight.d_out
             if size >= 2**31:
                 raise ValueError(f"{weight.path}: expected fewer than 2^31 entries per matrix, got {size}")

@@ -203,7 +203,7 @@ class Vera(Adapter):
           Logical path -> ``{"d": [*batch, r], "b": [*batch, *outputs]}``; b is zero. No constants.
         """
         theta: Theta = {}
-        for weight in self._weights(params):
+        for weight in self.weights(params):
             self._check_fits(weight.path, weight.d_in, weight.d_out)
             theta[weight.path] = {
                 "d": jnp.full((*weight.batch, self.rank), self.d_initial, self.dtype),
@@ -237,7 +237,7 @@ class Vera(Adapter):
         """As `Adapter.attach`."""
         if self.seed is None:
             return super().attach(frozen, theta, key)
-        widest = max(weight.d_in for weight in self._weights(frozen))
+        widest = max(weight.d_in for weight in self.weights(frozen))
         drawing = replace(self, seed=None, shared=Drawn(self.seed, self.rank, widest))
         return drawing.attach(frozen, theta, key)
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.codecs.fused import whole_arrays
-from memjax.core import jaxpr_compat, operation, register_rule
+from memjax.core import is_view, jaxpr_compat, operation, register_rule
 from pallas_kernels import linear_cross_entropy as kernels
 from pallas_kernels.packed_matmul import on_hopper
 
@@ -101,6 +101,7 @@ def linear_cross_entropy(
 
     Raises:
       ValueError: shapes that do not fit, a setting out of its range, or "mosaic_gpu" where it cannot run.
+      TypeError: a weight view outside `memjax.lift`.
     """
     _check(x, w, labels, bias, weights, w_axis, softcap, label_smoothing, reduction, chunk, implementation)
     shape, entries = labels.shape, w.shape[1 - w_axis]
@@ -151,6 +152,11 @@ def _check(
     chunk: int | None,
     implementation: str | None,
 ) -> None:
+    if is_view(w):
+        raise TypeError(
+            f"w is a weight view ({type(w).__name__}), not an array: call the function that uses it as "
+            "memjax.lift(fn)(params, ...)"
+        )
     if w_axis not in (0, 1) or w.ndim != 2:
         raise ValueError(f"expected w of two axes and w_axis 0 or 1, got w {w.shape} and w_axis={w_axis}")
     if x.shape[:-1] != labels.shape or w.shape[w_axis] != x.shape[-1]:

@@ -46,7 +46,11 @@ def make_mesh(sizes: str, devices: list[Any] | None = None) -> Mesh:
     names = tuple(name for name in AXES if name in found)
     count, devices = math.prod(found.values()), jax.devices() if devices is None else devices
     if count > len(devices):
-        raise ValueError(f"mesh={sizes!r} takes {count} devices, but there are {len(devices)}")
+        hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} makes as many of a CPU"
+        raise ValueError(
+            f"mesh={sizes!r} takes {count} devices, but there are {len(devices)}"
+            + (hint if devices[0].platform == "cpu" else "")
+        )
     grid = np.asarray(devices[:count]).reshape([found[name] for name in names])
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 

@@ -104,7 +104,9 @@ class Checkpoints:
                 return self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
             except Exception as error:
                 warnings.warn(f"skipped a checkpoint that does not load: step {step}: {error}", stacklevel=2)
-        raise ValueError(f"no checkpoint in {self.folder}")
+        raise ValueError(
+            f"no checkpoint in {self.folder}: the run stopped before it wrote one; start it again as it was started"
+        )
 
     def close(self) -> None:
         """Waits for what Orbax does in the background and frees it."""
@@ -125,7 +127,8 @@ def check_same(before: dict[str, Any], now: dict[str, Any], ignore: tuple[str, .
         if before.get(key, missing) != now.get(key, missing)
     ]
     if differing:
-        raise ValueError("cannot resume with other settings; " + "; ".join(differing))
+        problem = "cannot resume with other settings than those of the run, which need not be given; "
+        raise ValueError(problem + "; ".join(differing))
 
 
 class MetricsLog:

@@ -83,7 +83,7 @@ class Generate:
 class Inspect:
     """List a model's leaves with their formats, shapes and bytes, as they are held in memory."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """smollm2, minilm, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name."""
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
@@ -101,7 +101,7 @@ class Inspect:
 class Quantize:
     """Write a model with its weights packed, as a folder that every command takes as a model."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """smollm2, minilm, a .gguf file, a Hugging Face folder, or a hub name."""
     format: Packing
     """How the weights are packed."""
@@ -165,7 +165,7 @@ def value_of(option: str, arguments: Sequence[str]) -> str | None:
 def resumed_defaults(folder: str) -> dict[str, Any]:
     """Returns the settings of the run in a folder, so that they need not be typed again.
 
-    Settings that are typed all the same are compared with the run's when it is resumed.
+    Settings that are typed, or in a file, all the same are compared with the run's when it is resumed.
 
     Raises:
       ValueError: a folder without a checkpoint.
@@ -194,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["finetune"]:
             if (file := value_of("--config", arguments)) is not None:
                 saved = read_toml(file)
-            if (folder := value_of("--resume", arguments)) is not None:
-                saved = resumed_defaults(folder)
+            if (folder := value_of("--resume", arguments) or saved.get("resume")) is not None:
+                saved = resumed_defaults(folder) | saved
         default = Finetune(**({"model": tyro.MISSING} | saved))
         train = Annotated[Finetune, tyro.conf.subcommand("finetune", default=default)]
         command = tyro.cli(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 
@@ -59,7 +60,7 @@ class FinetuneSettings:
         the same, packed; offload, offload-linear, offload-4bit: the same in host memory.
       attention: which past tokens a token sees, parts joined by commas: window=1024 (the last ones), sinks=4 (the first
         ones), chunked=2048 (those of its chunk); None: all. Documents are always kept apart.
-      chunk: tokens whose logits exist at a time, as numbers.
+      chunk: logits exist for so many tokens at a time.
       held_out: fraction of the data, at its end, that is held out.
       eval_windows: sequences of held-out data that are evaluated.
       eval_every: also evaluate every so many steps; 0: only before and after.
@@ -173,17 +174,48 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Returns the settings in a TOML file, for `FinetuneSettings`.
 
     Raises:
-      ValueError: no such file, no TOML, or a name that is no setting.
+      ValueError: no such file, no TOML, a name that is no setting, or a value of another type.
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read settings from {path}: {error}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read settings from {path}: {reason}") from error
     known = {field.name for field in dataclasses.fields(FinetuneSettings)}
     if unknown := [name for name in found if name.replace("-", "_") not in known]:
         raise ValueError(f"{path}: no settings of a run: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    settings = {name.replace("-", "_"): value for name, value in found.items()}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    settings = {
+        name.replace("-", "_"): tuple(value) if isinstance(value, list) else value for name, value in found.items()
+    }
+    hints = get_type_hints(FinetuneSettings)
+    for name, value in settings.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{path}: {name}={value!r} must be {_named(hints[name])}")
+    return settings
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a value of a TOML file is one of the type of a setting."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _named(hint: Any) -> str:
+    """Returns what a setting may be, in words."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) is UnionType:
+        return " or ".join(_named(part) for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is tuple:
+        return "a list of strings"
+    return {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
 
 
 def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from memjax.core import make_axes
 from memjax.ops import linear_cross_entropy
-from memjax.weights import LowRank, lift, materialize
+from memjax.weights import Dense, LowRank, lift, materialize
 from pallas_kernels.linear_cross_entropy import api as kernels_api
 from tests.random_views import array, assert_close, builder, factors
 
@@ -395,6 +396,8 @@ def test_bad_settings():
     for message, settings in bad.items():
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(**{"x": x, "w": w, "labels": labels} | settings)
+    with pytest.raises(TypeError, match=r"w is a weight view \(Dense\).*memjax.lift"):
+        linear_cross_entropy(x, Dense(w, make_axes(0, 1, ndim=2)), labels)
 
 
 @pytest.mark.slow

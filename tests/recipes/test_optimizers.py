@@ -149,8 +149,24 @@ def test_settings_come_from_toml_and_the_command_line_goes_before(tiny_model, te
     cli.main(["finetune", "--config", str(file), "--steps", "2"])
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
     capsys.readouterr()
-    for text, message in (("ranks = 3", "no settings of a run: ranks"), ("rank = ", "cannot read settings from")):
+    for text, message in (
+        ("ranks = 3", "no settings of a run: ranks"),
+        ("rank = ", "cannot read settings from"),
+        ('steps = "9"', "steps='9' must be an integer"),
+        ("seq = true", "seq=True must be an integer"),
+        ("lr = [1]", "lr=(1,) must be a number"),
+        ("targets = [1]", "targets=(1,) must be a list of strings"),
+        ('adapter = "dorra"', "adapter='dorra' must be one of lora, rslora"),
+    ):
         file.write_text(text)
         with pytest.raises(SystemExit):
             cli.main(["finetune", f"--config={file}"])
         assert message in capsys.readouterr().err.replace("\n", " ")
+    every = 'lr = 1\ntargets = ["**/kernel"]\nfused = false\nclip = 0.5\nremat = "4bit"\nmesh = "data=2"'
+    file.write_text(every)
+    assert read_toml(file)["targets"] == ("**/kernel",)
+    for how in (["--resume", str(tmp_path / "run"), "--config", str(file)], ["--config", str(file)]):
+        file.write_text(f'resume = "{tmp_path / "run"}"\nsteps = 7')
+        with pytest.raises(SystemExit):
+            cli.main(["finetune", *how])
+        assert "need not be given; steps: 2 before, 7 now" in capsys.readouterr().err
