@@ -114,8 +114,9 @@ def attend(
 
     Raises:
       ValueError: operands that do not fit each other, an implementation that cannot run, with every reason.
-      TypeError: a gradient for an array that ``score_mod`` reads.
+      TypeError: a mask that is none, a gradient for an array that ``score_mod`` reads.
     """
+    _check_operands(mask, q=q, k=k, v=v)
     S, T = q.shape[1], k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     if block_mask is not None and (mask is not None or segment_ids is not None or blocks is not None):
         raise ValueError("block_mask stands in place of mask, segment_ids and blocks")
@@ -205,7 +206,9 @@ def column_sums(
 
     Raises:
       ValueError: operands that do not fit each other, an implementation that cannot run.
+      TypeError: a mask that is none.
     """
+    _check_operands(mask, q=q, k=k)
     T = k.shape[1] if pages is None else pages.shape[1] * k.shape[1]
     if block_mask is not None and (mask is not None or blocks is not None):
         raise ValueError("block_mask stands in place of mask and blocks")
@@ -308,6 +311,15 @@ def _fitted_blocks(
         common = math.gcd(blocks[0], size[0]), math.gcd(blocks[1], size[1])
         blocks = common if min(common) >= 32 else blocks
     return blocks
+
+
+def _check_operands(mask: Any, **operands: Any) -> None:
+    for name, array in operands.items():
+        if array.ndim != 4:
+            raise ValueError(f"{name}: expected [batch, positions, heads, width], got shape {array.shape}")
+    if mask is not None and not isinstance(mask, Mask):
+        made = "; it is called to make one" if callable(mask) else "; masks.array takes a table of bool"
+        raise TypeError(f"mask: expected one of memjax.attention.masks, got {type(mask).__name__}{made}")
 
 
 def _with_segments(mask: Mask | None, segment_ids: Any) -> Mask:

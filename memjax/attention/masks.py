@@ -99,8 +99,8 @@ def segments(q_segments: Any, k_segments: Any = None) -> Mask:
     """Returns the mask of keys in the query's segment (packed documents); blocks are skipped where ids are sorted.
 
     Args:
-      q_segments: int32 ``[B, S]``.
-      k_segments: int32 ``[B, T]``; None takes ``q_segments``, for S = T.
+      q_segments: int32 ``[B, S]``; ``[S]`` for all of a batch.
+      k_segments: int32 ``[B, T]`` or ``[T]``; None takes ``q_segments``, for S = T.
     """
     rows = _facts("segments", q_segments)
     return Leaf(_segments, rows=(rows,), columns=(rows if k_segments is None else _facts("segments", k_segments),))

@@ -453,3 +453,14 @@ def test_blocks_fit_the_rectangles_that_a_mask_selects():
     expected = attend(q, k, v, mask=mask, implementation="reference")
     np.testing.assert_allclose(attend(q, k, v, mask=mask), expected, atol=1e-5)
     attend(q, k, v, mask=masks.blocks(np.ones((13, 13), bool), 20))
+
+
+@pytest.mark.parametrize("fn", [attend, column_sums])
+def test_what_is_no_mask_and_no_operand_is_said(fn):
+    q = jnp.zeros((1, 8, 2, 16))
+    third = q if fn is attend else jnp.zeros((1, 8, 2))
+    for mask, words in ((np.ones((8, 8), bool), "masks.array"), (masks.causal, "called"), ("causal", "got str")):
+        with pytest.raises(TypeError, match=words):
+            fn(q, q, third, mask=mask)
+    with pytest.raises(ValueError, match="q: expected"):
+        fn(q[0], q, third)
