@@ -112,7 +112,7 @@ def test_paired_blocks_equal_two_passes(remat):
     assert_close((value - last.sum(), gradients[0]), (expected, wanted[0]))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients[1]))
     # Through the teacher's first state x itself would get a gradient; it is a constant to the teacher.
-    assert_close(gradients[2], jax.grad(lambda y: two_passes_from(student, teacher, y, x))(x))
+    assert_close(gradients[2], jax.jit(jax.grad(lambda y: two_passes_from(student, teacher, y, x)))(x))
 
     lifted = weights.lift(paired)
     (value, last), gradient = jax.jit(jax.value_and_grad(lambda s: lifted(s, packed, x), has_aux=True))(student)

@@ -28,6 +28,7 @@ class Row(NamedTuple):
       static: arguments of ``make`` that `optax.inject_hyperparams` must leave alone.
       bits32: moments are kept in float32 whatever the parameters' dtype.
       fsdp: the update of sharded leaves needs no array of a whole leaf on one device.
+      variant: shares its code with a row above it, so that its longest tests are marked slow.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     static: tuple[str, ...] = ()
     bits32: bool = True
     fsdp: bool = True
+    variant: bool = False
 
 
 def params(dtype=np.float32):
@@ -164,6 +166,7 @@ OPTIMIZERS = [
         "apollo_mini",
         lambda learning_rate=1e-2, scale=128.0: optim.apollo_mini(learning_rate, GAP, scale),
         lambda p: optim.apollo_state_bytes(p, 1),
+        variant=True,
     ),
     Row(
         "ldadam",
@@ -180,6 +183,7 @@ OPTIMIZERS = [
         "lisa",
         lambda learning_rate=1e-2, b1=0.9: mj.optim.lisa(learning_rate, GAP, b1=b1, seed=1),
         lambda p: blocks_bytes(p, 2),
+        variant=True,
     ),
     Row("frugal_columns", frugal(axis="input"), frugal_columns),
     Row(
@@ -187,6 +191,7 @@ OPTIMIZERS = [
         frugal(axis="output", group=2, stagger=True),
         lambda p: frugal_columns(p, axis=-1, group=2),
         fsdp=False,
+        variant=True,
     ),
     Row(
         "frugal_output_shards",
@@ -196,9 +201,9 @@ OPTIMIZERS = [
     ),
     Row("frugal_blockwise", frugal(split="blockwise"), frugal_blocks),
     Row("frugal_randk", frugal(split="randk", on_switch="project"), frugal_randk, fsdp=False),
-    Row("frugal_subspace_iteration", frugal(split="subspace_iteration"), frugal_svd, fsdp=False),
+    Row("frugal_subspace_iteration", frugal(split="subspace_iteration"), frugal_svd, fsdp=False, variant=True),
     Row("frugal_random", frugal(split="random", on_switch="project"), frugal_svd, fsdp=False),
-    Row("frugal_sign", frugal(density=0.0), lambda p: adam_bytes(matrices(p)[1]) + 8),
+    Row("frugal_sign", frugal(density=0.0), lambda p: adam_bytes(matrices(p)[1]) + 8, variant=True),
     Row(
         "adam8bit",
         lambda learning_rate=1e-2, b1=0.9: optim.adamw8bit(learning_rate, b1, block=8, least=64),
@@ -210,12 +215,14 @@ OPTIMIZERS = [
         lambda learning_rate=1e-2, b1=0.9: optim.adam4bit(learning_rate, b1, block=8, least=64),
         lambda p: 4 + 2 * sum(optim.moment_bytes(x.shape, optim.state_format(4, 8, 64)) for x in jax.tree.leaves(p)),
         fsdp=False,
+        variant=True,
     ),
     Row(
         "lion8bit",
         lambda learning_rate=1e-2, b1=0.9: optim.lion8bit(learning_rate, b1, block=8, least=64),
         lambda p: 4 + sum(optim.moment_bytes(x.shape, optim.state_format(8, 8, 64)) for x in jax.tree.leaves(p)),
         fsdp=False,
+        variant=True,
     ),
     Row(
         "adam_mini",

@@ -58,7 +58,7 @@ def test_every_optimizer_trains_the_weights(tiny, name):
     assert int(state.step) == 24 and settings.lr == lr
 
 
-@pytest.mark.parametrize("name", ["mezo", "frugal"])
+@pytest.mark.parametrize("name", ["mezo", pytest.param("frugal", marks=pytest.mark.slow)])
 def test_optimizers_train_adapters_too(tiny, name):
     losses, _, settings = train(tiny, 24, adapter="lora", rank=4, optimizer=name)
     assert losses[-4:].mean() < losses[:4].mean() - (0.0001 if name == "mezo" else 0.05)
