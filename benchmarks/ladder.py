@@ -49,6 +49,7 @@ LADDERS: dict[str, tuple[Shape, dict[str, tuple[str, dict[str, Any]]]]] = {
             "memjax: exact operations": ("memjax", {"remat": "none"}),
             "residuals in 8 bits": ("memjax", {"remat": "8bit"}),
             "residuals in 4 bits": ("memjax", {"remat": "4bit"}),
+            "what linear layers give in 4 bits": ("memjax", {"remat": "linear-4bit"}),
             "base in int8": ("memjax", {"remat": "4bit", "format": "int8"}),
             "base in NF4": ("memjax", {"remat": "4bit", "format": "nf4"}),
             "layer inputs in 4 bits": ("memjax", _QLORA),

@@ -27,17 +27,22 @@ class Names:
     """What `checkpoint` keeps; all else is computed again. Made by `names`."""
 
     names: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
-def names(*names: str) -> Names:
+def names(*names: str, optional: tuple[str, ...] = ()) -> Names:
     """Returns the policy for `checkpoint` that keeps tensors named by `jax.ad_checkpoint.checkpoint_name` only.
+
+    Args:
+      names: the function must give each to a tensor.
+      optional: names of others that are kept where there are any.
 
     Raises:
       ValueError: no names.
     """
     if not names:
         raise ValueError('names() keeps nothing: use "full" to compute everything again')
-    return Names(names)
+    return Names(names, optional)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,9 @@ def softmax_and_norms_in_8_bits(residual: Residual) -> int | None:
     return 8 if residual.name.partition("#")[0] in ("q", "k", "block_middle") else None
 
 
+_LINEAR = names("linear_out", optional=("q", "k"))
+
+
 def _packed(bits: Bits, again: Any = "none", **options: Any) -> Remat:
     return Remat(again, ResidualPolicy(bits, inputs="**", per_leaf=softmax_and_norms_in_8_bits, **options))
 
@@ -118,8 +126,8 @@ NAMED: dict[str, tuple[Remat, str]] = {
     "8bit": (_packed(8), "all residuals, in 8 bits"),
     "4bit": (_packed(4), "all residuals in 4 bits; q, k and what norms take in 8"),
     "2bit": (_packed(2), "all residuals in 2 bits; q, k and what norms take in 8"),
-    "linear-8bit": (_packed(8, names("linear_out")), "the input and what linear layers give, in 8 bits"),
-    "linear-4bit": (_packed(4, names("linear_out")), "what linear layers give in 4 bits, the block's input in 8"),
+    "linear-8bit": (_packed(8, _LINEAR), "the input and what linear layers give, in 8 bits"),
+    "linear-4bit": (_packed(4, _LINEAR), "what linear layers give in 4 bits; q, k and the input in 8"),
     "full-8bit": (quantized(8), "the block's input, in 8 bits"),
     "full-4bit": (quantized(4), "the block's input, in 4 bits"),
     "offload": (Remat(offload("block_input")), "the block's input, in pinned host memory"),
@@ -189,7 +197,7 @@ def checkpoint(
 def _jax_policy(again: Any) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     if isinstance(again, Names):
-        return policies.save_only_these_names(*again.names)
+        return policies.save_only_these_names(*again.names, *again.optional)
     if isinstance(again, Offload):
         return again.policy()
     return policies.nothing_saveable if again == "full" else policies.dots_with_no_batch_dims_saveable

@@ -102,6 +102,22 @@ def test_a_named_tensor_is_kept_and_a_name_that_is_none_raises():
         mj.remat.checkpoint(jnp.sin, mj.remat.names("a"))(X)
 
 
+def test_optional_names_are_kept_where_there_are_any():
+    def scores(w, x):
+        queries = checkpoint_name(2 * checkpoint_name(x @ w, "linear_out"), "q")
+        return jnp.sum(jnp.tanh(queries))
+
+    def kept(policy):
+        leaves = jax.tree.leaves(jax.vjp(mj.remat.checkpoint(scores, policy), w, X)[1])
+        return [leaf for leaf in leaves if leaf.shape == (T, F)]
+
+    w = params()["up"][0]
+    (queries,) = kept(mj.remat.names("linear_out", optional=("q", "k")))
+    assert jnp.allclose(queries, 2 * X @ w)
+    (linear,) = kept(mj.remat.names("linear_out"))
+    assert jnp.allclose(linear, X @ w)
+
+
 def test_what_is_offloaded_is_in_host_memory():
     spaces = {}
     for policy in (mj.remat.offload("hidden"), mj.remat.ResidualPolicy(4, inputs="**", offload="pinned_host")):
