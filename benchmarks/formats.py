@@ -43,6 +43,12 @@ def quantized(codec: Any) -> Callable[[Any], Any]:
     return lambda params: mj.weights.quantize(params, codec, KERNELS)
 
 
+def embedding_in_int8(params: Any) -> Any:
+    """Returns ``params`` with the embedding, which is the head too, in 8 bits; groups lie along a row."""
+    packed = codecs.int8(group=GROUP).encode(params["embed_tokens"]["embedding"], -1)
+    return params | {"embed_tokens": {"embedding": mj.weights.PackedWeight(packed, mj.weights.Axes())}}
+
+
 def bitmap(params: Any) -> Any:
     """Returns ``params`` with the larger half of every layer's kernels as bfloat16 values under a bitmap."""
     layers = mj.weights.astype(params["layers"], jnp.bfloat16)
@@ -148,14 +154,17 @@ class Bench:
     def base(self) -> Loss:
         return self.losses(self.model.params)
 
-    def measure(self, stored: Any, *, as_stored: bool = False) -> dict[str, Any]:
+    def measure(
+        self, stored: Any, *, as_stored: bool = False, where: str | tuple[str, ...] = KERNELS
+    ) -> dict[str, Any]:
         """Returns the row of a tree in which views stand for the kernels.
 
         Args:
           stored: the tree.
           as_stored: multiply with the views and not with the weights that they stand for.
+          where: the paths of the views.
         """
-        views = [leaf for path, leaf in leaf_paths(stored) if match(KERNELS, path)]
+        views = [leaf for path, leaf in leaf_paths(stored) if match(where, path)]
         decoded = materialize(stored)
         loss = self.losses(stored if as_stored else decoded)
         stored_bytes = sum(mj.weights.nbytes(view) for view in views)
@@ -163,7 +172,7 @@ class Bench:
             "layers": self.model.config.num_layers,
             "bits_per_weight": 8 * stored_bytes / sum(view.size for view in views),
             "bytes": stored_bytes,
-            "relative_error": float(relative_error(self.model.params["layers"], decoded["layers"])),
+            "relative_error": float(relative_error(self.model.params, decoded, where)),
             "nll": loss.held_out,
             "increase": loss.held_out - self.base.held_out,
             "demo_nll": loss.demo,
@@ -235,10 +244,10 @@ class Bench:
 materialize = jax.jit(mj.core.materialize)
 
 
-@jax.jit
-def relative_error(params: Any, decoded: Any) -> jax.Array:
-    """Returns the norm of the difference of all kernels over the norm of all kernels."""
-    pairs = [(a, b) for (path, a), (_, b) in zip(leaf_paths(params), leaf_paths(decoded)) if path.endswith("kernel")]
+@functools.partial(jax.jit, static_argnums=2)
+def relative_error(params: Any, decoded: Any, where: str | tuple[str, ...]) -> jax.Array:
+    """Returns the norm of the difference of all weights at some paths over the norm of these weights."""
+    pairs = [(a, b) for (path, a), (_, b) in zip(leaf_paths(params), leaf_paths(decoded)) if match(where, path)]
     return jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in pairs) / sum(jnp.sum(a**2) for a, _ in pairs))
 
 
@@ -276,6 +285,9 @@ def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, An
         f"{LREC}, weighted": lambda bench: bench.measure_lrec(bench.lrec(weighted=True)[1]),
         f"{LREC}, distilled": Bench.distilled,
     }
+    rows["embedding and head in int8 g64"] = lambda bench: bench.measure(
+        embedding_in_int8(bench.model.params), where="embed_tokens/embedding"
+    )
     for name, store in OTHERS.items():
         rows[name] = lambda bench, store=store: bench.measure(store(bench.model.params))
     for name, store in WITH_ACTIVATIONS.items():

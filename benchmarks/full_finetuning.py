@@ -49,6 +49,7 @@ _ALL = {"adapter": "none"}
 METHODS: dict[str, Method] = {
     "AdamW": Method(_ALL, (5e-5, 2e-4)),
     "AdamW, 8 bits": Method(_ALL | {"optimizer": "adamw8bit"}, (5e-5, 2e-4)),
+    "AdamW, 4 bits": Method(_ALL | {"optimizer": "adamw4bit"}, (5e-5, 2e-4)),
     "FRUGAL 0.25": Method(_ALL | {"optimizer": "frugal"}, (5e-5, 2e-4)),
     "FRUGAL 0.25, 8 bits, layer by layer": Method(_ALL | {"optimizer": "frugal8bit", "fused": True}, (5e-5, 2e-4)),
     "BAdam": Method(_ALL | {"optimizer": "badam"}, (2e-4, 8e-4)),

@@ -36,10 +36,11 @@ def run(suite, module, tmp_path, *arguments):
 
 
 def test_formats_run_and_are_rendered(tmp_path):
-    recorded = run("formats", formats, tmp_path, "--cases", "Q4_1, the base", "int8 g64")
-    base, int8 = recorded["rows"]
+    recorded = run("formats", formats, tmp_path, "--cases", "Q4_1, the base", "int8 g64", "embedding*")
+    base, int8, embedding = recorded["rows"]
     assert base["bits_per_weight"] == 5 and base["increase"] == base["relative_error"] == 0
     assert int8["bits_per_weight"] == 8.25 and 0 < int8["relative_error"] < 0.01 and abs(int8["increase"]) < 1e-3
+    assert embedding["bits_per_weight"] == 8.25 and 0 < embedding["relative_error"] < 0.01
     assert "| int8 g64 | 8.250 |" in results.render_suite(recorded)
 
 

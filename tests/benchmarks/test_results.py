@@ -1,10 +1,11 @@
 """RESULTS.md holds what the recorded files say, and only compares rows of one run."""
 
+import argparse
 import json
 
 import pytest
 
-from benchmarks import results
+from benchmarks import activation_quality, attention_quality, formats, full_finetuning, ladder, results
 
 FACTS = {
     "device": "Card 9000",
@@ -82,3 +83,30 @@ def test_render_reads_every_file(tmp_path):
     (tmp_path / "card-9000" / "finetune.json").write_text(json.dumps(recorded))
     page = results.render(tmp_path)
     assert "## card-9000" in page and "Card 9000, driver 1.2" in page and "500 TFLOP/s" in page
+
+
+def test_what_a_rung_costs_is_what_other_suites_measured():
+    suites = {
+        "formats": {"rows": [{"case": "nf4 b64, double", "increase": 0.02}]},
+        "activation_quality": {
+            "rows": [{"case": "SmolLM2, exact", "after_mean": 2.8}, {"case": "SmolLM2, 4 bits", "after_mean": 2.803}]
+        },
+    }
+    assert results.costs({"format": "nf4", "remat": "4bit"}, suites) == "base +0.020, residuals +0.003"
+    assert results.costs({"rest": "int8"}, suites) == "embedding and head not measured"
+    assert results.costs({"remat": "full", "adapter": "none"}, suites) == "nothing"
+
+
+def test_costs_are_of_cases_and_settings_that_there_are():
+    cases = {
+        "formats": set(formats.cases_of(argparse.Namespace(tiny=False))),
+        "activation_quality": set(activation_quality.cases_of(argparse.Namespace(tiny=False))),
+        "full_finetuning": set(full_finetuning.METHODS),
+        "attention_quality": set(attention_quality.cases_of(argparse.Namespace(tiny=False))),
+    }
+    for suite, *named in results.COSTS.values():
+        assert {case for case in named if case is not None} <= cases[suite]
+    exact = {("remat", "none"), ("remat", "full"), ("adapter", "none"), ("clip", None), ("fused", True), ("rank", None)}
+    for rung in ladder.RUNGS.values():
+        if rung.shape.model != "tiny":
+            assert set(rung.settings.items()) <= {*results.COSTS, *exact}
