@@ -55,7 +55,7 @@ class Generate:
     seed: int = 0
     """Of the draws."""
     attention: str | None = None
-    """Which past tokens a token sees, such as window=1024,sinks=4: as the adapter was trained."""
+    """Which past tokens a token sees, such as window=1024,sinks=4, or all; as in the adapter's run if not given."""
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
     group: int = 64

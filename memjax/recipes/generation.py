@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def generate_text(
       chat: give the prompt as a user's message in the model's chat format.
       max_new_tokens, temperature, top_k: see `memjax.models.generate`.
       seed: of the draws.
-      attention: which past tokens a token sees, as `FinetuneSettings` says it.
+      attention: which past tokens a token sees, as `FinetuneSettings` says it; None: as in the run that trained the
+        adapter, where ``adapter`` is its folder, else all.
 
     Raises:
       ValueError: an encoder, no tokenizer, an empty prompt, or an adapter of another model.
@@ -45,6 +47,7 @@ def generate_text(
     if adapter is not None:
         method, frozen, theta = load_adapter(model, adapter)
         params = method.attach(frozen, theta)
+        attention = attention or _trained_attention(Path(adapter))
     if chat:
         ids = model.tokenizer.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
     else:
@@ -61,6 +64,12 @@ def generate_text(
         key=jax.random.key(seed),
         attention=parse_attention(attention),
     )
+
+
+def _trained_attention(folder: Path) -> str | None:
+    """Returns the attention of the run in a folder, None for a folder of no run."""
+    report = folder / "report.json"
+    return json.loads(report.read_text(encoding="utf-8"))["settings"].get("attention") if report.is_file() else None
 
 
 def continue_tokens(model: models.Model, params: Any, prompt: list[int], count: int, **options: Any) -> str:

@@ -15,13 +15,13 @@ def test_parts_are_shown_together():
     shown = parse_attention("window=5, sinks=2").table(20, 20)[0, 0]
     np.testing.assert_array_equal(shown & (k <= q), (k <= q) & ((q - k < 5) | (k < 2)))
     np.testing.assert_array_equal(parse_attention("chunked=8").table(20, 20), masks.chunked(8).table(20, 20))
-    assert parse_attention(None) is None
+    assert parse_attention(None) is parse_attention("all") is None
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no part ''; known are window=N, sinks=N, chunked=N"),
+        ("", "no part ''; known are window=N, sinks=N, chunked=N, all"),
         ("windows=3", "no part 'windows'"),
         ("window", "window needs a number of at least 1, got ''"),
         ("window=0", "window needs a number of at least 1, got '0'"),
@@ -50,10 +50,10 @@ def test_the_command_trains_and_generates_with_a_window(tiny_model, text_file, t
     capsys.readouterr()
     generate = ["generate", "--model", str(tiny_model), "--adapter", str(tmp_path / "text")]
     texts = []
-    for attention in ([], ["--attention", "window=1"]):
+    for attention in ([], ["--attention", "window=8,sinks=4"], ["--attention", "window=1"]):
         cli.main([*generate, "--prompt", "the cat sat on the mat and", "--max-new-tokens", "5", *attention])
         texts.append(capsys.readouterr().out)
-    assert texts[0] != texts[1]
+    assert texts[0] == texts[1] != texts[2]
     with pytest.raises(SystemExit):
         cli.main([*words, "--attention", "window=x"])
     assert "window needs a number of at least 1, got 'x'" in capsys.readouterr().err
