@@ -529,6 +529,8 @@ def forward(
             def take(slot: Any, needed: bool) -> list[jax.Array]:
                 """Loads facts about the keys of a step whose product is complete, and gives its keys back."""
                 columns = scores.moving(facts_smem, slot) if needed else []
+                if interpret:
+                    plgpu.commit_smem()  # on a device every thread arrives for itself, after its reads
                 plgpu.barrier_arrive(k_empty.at[slot])
                 return columns
 
@@ -851,6 +853,8 @@ def column_sums(
                     plgpu.barrier_arrive(turn.at[1 - worker])
                 exponents = _along_columns(plgpu.load(exponents_smem.at[slot], layout=_COLUMNS), shape)
                 row_facts = scores.moving(facts_smem, slot) if partial else []
+                if interpret:
+                    plgpu.commit_smem()  # as in `forward`
                 plgpu.barrier_arrive(q_empty.at[slot])
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial:

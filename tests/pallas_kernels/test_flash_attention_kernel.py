@@ -248,6 +248,11 @@ def test_no_operand_is_fetched_over_while_it_is_read(monkeypatch):
     lse = jnp.zeros((1, 200, 2))
     kernel.column_sums(q, k, lse, by_key, Elements(test=test), blocks=(128, 128), scale=0.1, **INTERPRETED)
     assert not interpret_pallas_call.get_races().races_found
+    elements, dense = documents(1, 500)
+    by_query, _ = lists(dense, (128, 128))
+    by_key, _ = lists(dense, (128, 128), of_keys=True)
+    check(operands(1, 500, 500, 2, 1, 64), dense, elements, by_query, by_key, **INTERPRETED)
+    assert not interpret_pallas_call.get_races().races_found
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "random"])
