@@ -15,7 +15,7 @@ def test_a_tiny_rung_trains(rung, monkeypatch):
 
 
 def test_ratios_are_with_the_first_rung_of_the_same_run():
-    values = {"peak_gib": 4.0, "compiled_gib": 3.5, "tokens_per_s": 1000.0, "loss_last": 2.0}
+    values = {"peak_gib": 4.0, "compiled_gib": 3.5, "tokens_per_s": 1000.0, "loss_last": 2.0, "cost": "nothing"}
     rows = [
         {"case": "a/plain_jax", "run": "monday"} | values,
         {"case": "a/less", "run": "monday"} | values | {"peak_gib": 2.0, "tokens_per_s": 900.0},
