@@ -39,7 +39,7 @@ format: .venv/installed-test ## rewrite the sources in the project's style
 	.venv/bin/ruff format .
 
 notebooks: .venv/installed-test ## execute every notebook
-	.venv/bin/python -m pytest $(PYTEST) tests/test_notebooks.py
+	.venv/bin/python -m pytest $(PYTEST) -m slow tests/test_notebooks.py
 
 results: .venv/installed-demo ## write benchmarks/RESULTS.md from the recorded results
 	.venv/bin/python -m benchmarks.results

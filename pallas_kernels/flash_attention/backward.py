@@ -575,9 +575,18 @@ def query_gradient(
     ]
     sharing = heads // key_heads
     together = heads_together(lists, elements, batch * heads, sharing, 2 * keys * (depth + v.shape[3]))
-    options = {"blocks": n_blocks, "heads": heads, "together": together, "workers": workers}
     out = jax.ShapeDtypeStruct(work.q.shape, q.dtype)
-    (dq,) = _launch(body, work, [out], scratch, interpret=interpret, **options)
+    (dq,) = _launch(
+        body,
+        work,
+        [out],
+        scratch,
+        blocks=n_blocks,
+        heads=heads,
+        together=together,
+        workers=workers,
+        interpret=interpret,
+    )
     return dq[:, :queries, :, :depth]
 
 
@@ -796,6 +805,15 @@ def key_value_gradients(
     ]
     outs = [jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (work.k, work.v)]
     together = heads_together(lists, elements, batch * key_heads, 1, 2 * queries * group * (depth + values))
-    options = {"blocks": n_blocks, "heads": key_heads, "together": together, "workers": workers}
-    dk, dv = _launch(body, work, outs, scratch, interpret=interpret, **options)
+    dk, dv = _launch(
+        body,
+        work,
+        outs,
+        scratch,
+        blocks=n_blocks,
+        heads=key_heads,
+        together=together,
+        workers=workers,
+        interpret=interpret,
+    )
     return dk[:, :keys, :, :depth], dv[:, :keys, :, :values]

@@ -536,7 +536,7 @@ def forward(
 
             def soften(s: jax.Array, partial: bool | Any, prepared: Any, columns: Any, peak: Any, total: Any) -> Any:
                 k0, known = prepared
-                loaded = ((row_facts, columns), *(known or (None, None)))
+                loaded = ((row_facts, columns), *known)
                 s, factor = scores.natural(s, b, h, row, k0)
                 if partial is True:
                     s = scores.masked(s, loaded, row, k0)
@@ -554,9 +554,9 @@ def forward(
 
             def only_index(j: Any) -> Any:
                 if score_mod is None and not dropout:
-                    return jnp.int32(0), None
+                    return jnp.int32(0), (None, None)
                 place = lax.div(j, parts)
-                return lists.entry("index", b, h, n, place) * block_keys + lax.rem(j, parts) * step_keys, None
+                return lists.entry("index", b, h, n, place) * block_keys + lax.rem(j, parts) * step_keys, (None, None)
 
             def first(_: Any, carry: Any) -> Any:
                 _, peak, sums = carry

@@ -5,14 +5,8 @@ import json
 import pytest
 
 from benchmarks import activation_quality, activations, finetune, harness, quality, results
+from tests.benchmarks.facts import FACTS
 
-FACTS = {
-    "device": "Card 9000",
-    "driver": None,
-    "python": "3.12",
-    "versions": {},
-    "ceilings": {"matmul_size": 1, "matmul_tflops": 1.0, "copy_mib": 1, "copy_tb_per_s": 1.0},
-}
 TINY = [name for name, (shape, *_) in activations.CASES.items() if shape == activations.TINY]
 
 

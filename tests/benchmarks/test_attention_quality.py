@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_quality, harness, quality, results
+from tests.benchmarks.facts import FACTS
 
-FACTS = {
-    "device": "Card 9000",
-    "driver": None,
-    "python": "3.12",
-    "versions": {},
-    "ceilings": {"matmul_size": 1, "matmul_tflops": 1.0, "copy_mib": 1, "copy_tb_per_s": 1.0},
-}
 S, BLOCK = attention_quality.TINY_CONTEXT, attention_quality.TINY_BLOCK
 
 

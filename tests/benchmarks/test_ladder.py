@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import finetune, ladder, results
-from tests.benchmarks.test_activations import FACTS
+from tests.benchmarks.facts import FACTS
 
 
 @pytest.mark.parametrize("rung", ["memjax: LoRA", pytest.param("all weights", marks=pytest.mark.slow)])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import full_finetuning, harness, optimizers, quality, results
-from tests.benchmarks.test_activations import FACTS
+from tests.benchmarks.facts import FACTS
 
 
 def rows(suite, module, tmp_path, monkeypatch, *cases):

@@ -11,15 +11,9 @@ import pytest
 import memjax as mj
 from benchmarks import adapters, formats, harness, quality, results
 from memjax import models
+from tests.benchmarks.facts import FACTS
 
 OPTIONS = argparse.Namespace(gguf=None, tiny=True, layers=None, steps=None, cases=["*"])
-FACTS = {
-    "device": "Card 9000",
-    "driver": None,
-    "python": "3.12",
-    "versions": {},
-    "ceilings": {"matmul_size": 1, "matmul_tflops": 1.0, "copy_mib": 1, "copy_tb_per_s": 1.0},
-}
 
 
 @pytest.fixture(autouse=True)
