@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks import harness
@@ -29,18 +30,24 @@ CASES = {f"{shape}/{name}": (shape, name) for shape in MEASURED for name in WEIG
 ROTATED_BYTES, ITERATIONS, SEED = 3 * 10**8, 5, 0
 
 
-def device_us(fn: Callable[..., Any], weights: Sequence[Any], x: Any) -> float:
-    """Returns the time on the device of ``fn(x, weight)``, in microseconds; every call has the next weight."""
+def compiled(fn: Callable[..., Any], weights: Sequence[Any], x: Any) -> Any:
+    """Returns the program that calls ``fn(x, weight)`` with one weight after the other."""
     import jax
-    from jax.experimental.mosaic.gpu import profiler
 
     call = jax.jit(fn)  # is lowered once for all weights
 
     def run(x: Any, weights: Sequence[Any]) -> list[Any]:
         return [call(x, weight) for weight in weights]
 
+    return jax.jit(run).lower(x, weights).compile()
+
+
+def device_us(program: Any, weights: Sequence[Any], x: Any) -> float:
+    """Returns the time on the device of a call in ``program``, in microseconds."""
+    from jax.experimental.mosaic.gpu import profiler
+
     cupti = profiler.Cupti(finalize=False)  # detaching takes seconds
-    _, runs = cupti.measure(run, aggregate=False, iterations=ITERATIONS)(x, list(weights))
+    _, runs = cupti.measure(program, aggregate=False, iterations=ITERATIONS)(x, weights)
     # XLA may fuse what several calls do into one kernel, so only their sum is a call's time.
     return statistics.median(sum(ms for _, ms in kernels) * 1e3 / len(weights) for kernels in runs)
 
@@ -69,53 +76,50 @@ def run_case(name: str) -> dict[str, Any]:
     k, n = SHAPES[shape]
     copy = harness.ceilings(4096, 1024)["copy_tb_per_s"]
     inputs = {m: jax.random.normal(jax.random.key(m), (m, k)).astype(jnp.bfloat16) for m in ROWS}
-    calls: list[dict[str, Any]] = []
+    outputs = jax.random.normal(jax.random.key(1), (ROWS[-1], n)).astype(jnp.bfloat16)
 
-    def record(what: str, m: int, weights: Sequence[Any], fn: Callable[..., Any], weight_bytes: float) -> None:
-        us = device_us(fn, weights, inputs[m])
-        moved = weight_bytes + (2 * m * (k + n) if "decode only" not in what else 2 * k * n)
-        floor_us = moved / copy / 1e6
-        row = {"what": what, "rows": m, "us": us, "floor_us": floor_us, "over_floor": us / floor_us}
-        if m > 1:
-            row["tflops"] = 2 * m * k * n / us / 1e6
-        calls.append(row)
+    def measured(todo: Sequence[tuple[str, int, Any, Callable[..., Any]]], weights: Sequence[Any], size: float) -> Any:
+        """Returns a row for each (name, rows, input, function) of weights of ``size`` bytes."""
+        with ThreadPoolExecutor() as pool:  # a kernel takes seconds to compile
+            programs = list(pool.map(lambda x: compiled(x[3], weights, x[2]), todo))
+        rows = []
+        for (what, m, x, _), program in zip(todo, programs):
+            us = device_us(program, weights, x)
+            moved = size + (2 * m * (k + n) if what != "decode only" else 2 * k * n)
+            floor_us = moved / copy / 1e6
+            rows.append({"what": what, "rows": m, "us": us, "floor_us": floor_us, "over_floor": us / floor_us})
+            if m > 1:
+                rows[-1]["tflops"] = 2 * m * k * n / us / 1e6
+        return rows
 
     settings = WEIGHTS[kind]
+    facts = {"shape": shape, "k": k, "n": n, "format": kind, "copy_tb_per_s": copy}
     if settings is None:
-        weights = [jax.random.normal(jax.random.key(i), (k, n)).astype(jnp.bfloat16) for i in range(3)]
-        for m in ROWS:
-            record("x W", m, weights, lambda x, w: x @ w, 2 * k * n)
-        outputs = jax.random.normal(jax.random.key(1), (ROWS[-1], n)).astype(jnp.bfloat16)
-        inputs[ROWS[-1]] = outputs
-        record("dy W^T", ROWS[-1], weights, lambda y, w: y @ w.T, 2 * k * n)
-        return {"shape": shape, "k": k, "n": n, "format": kind, "copy_tb_per_s": copy, "calls": calls}
+        dense = [jax.random.normal(jax.random.key(i), (k, n)).astype(jnp.bfloat16) for i in range(3)]
+        todo = [("x W", m, inputs[m], lambda x, w: x @ w) for m in ROWS]
+        todo.append(("dy W^T", ROWS[-1], outputs, lambda y, w: y @ w.T))
+        return facts | {"calls": measured(todo, dense, 2 * k * n)}
     form = Format(**settings)
     bits = form.bits + 16 / form.group
     packed_bytes = k * n * bits / 8
-    weights = [random_weight(form, k, n, i) for i in range(max(3, -(-ROTATED_BYTES // int(packed_bytes))))]
-    for m in ROWS:
-        if m <= 256:
-            record(
-                "kernel",
-                m,
-                weights,
-                lambda x, w: packed_matmul(x, *w, form=form, implementation="mosaic_gpu"),
-                packed_bytes,
-            )
-        if m in (1, 256, ROWS[-1]) and shape == MEASURED[0]:  # slow to compile, and much the same for the other
-            record(
-                "XLA decode, product",
-                m,
-                weights,
-                lambda x, w: packed_matmul(x, *w, form=form, implementation="xla"),
-                packed_bytes,
-            )
-        if m >= 256:
-            record("decode kernel, product", m, weights, lambda x, w: x @ decode(*w, form=form), packed_bytes)
-    record("decode only", ROWS[-1], weights, lambda x, w: decode(*w, form=form), packed_bytes)
-    inputs[ROWS[-1]] = jax.random.normal(jax.random.key(1), (ROWS[-1], n)).astype(jnp.bfloat16)
-    record("dy W^T, decode kernel", ROWS[-1], weights, lambda y, w: y @ decode(*w, form=form).T, packed_bytes)
-    return {"shape": shape, "k": k, "n": n, "format": kind, "bits": bits, "copy_tb_per_s": copy, "calls": calls}
+    packed = [random_weight(form, k, n, i) for i in range(max(3, -(-ROTATED_BYTES // int(packed_bytes))))]
+    ways = {
+        "kernel": lambda x, w: packed_matmul(x, *w, form=form, implementation="mosaic_gpu"),
+        "XLA decode, product": lambda x, w: packed_matmul(x, *w, form=form, implementation="xla"),
+        "decode kernel, product": lambda x, w: x @ decode(*w, form=form),
+        "decode only": lambda x, w: decode(*w, form=form),
+        "dy W^T, decode kernel": lambda y, w: y @ decode(*w, form=form).T,
+    }
+    rows = {
+        "kernel": [m for m in ROWS if m <= 256],
+        # slow to compile, and much the same for the other shape
+        "XLA decode, product": [m for m in (1, 256, ROWS[-1]) if shape == MEASURED[0]],
+        "decode kernel, product": [m for m in ROWS if m >= 256],
+        "decode only": [ROWS[-1]],
+    }
+    todo = [(what, m, inputs[m], ways[what]) for what, some in rows.items() for m in some]
+    todo.append(("dy W^T, decode kernel", ROWS[-1], outputs, ways["dy W^T, decode kernel"]))
+    return facts | {"bits": bits, "calls": measured(todo, packed, packed_bytes)}
 
 
 if __name__ == "__main__":
