@@ -22,9 +22,6 @@ Overflow = Literal["error", "dense", "drop_lowest"]
 _ELEMENTS = 2**22
 """Elements of partial blocks that are evaluated at once where their truth is stored."""
 
-_ROWS = 64
-"""Lists that NumPy fills at once: few enough that what they are made of stays in the cache."""
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -244,7 +241,7 @@ def _build(
 
 def _lists(xp: ModuleType, room: int, full: Any, visit: Any, flags: Any, pointer: Any) -> BlockList:
     count, total = (grid.sum(-1, dtype=np.int32) for grid in (full, visit))
-    index = _numpy_index(full, visit, count, total, room) if xp is np else _jax_index(full, visit, room)
+    index = _numpy_index(full, visit, count, room) if xp is np else _jax_index(full, visit, room)
     flags, pointer = (None if grid is None else xp.take_along_axis(grid, index, -1) for grid in (flags, pointer))
     return BlockList(index, count, total, flags, pointer)
 
@@ -255,17 +252,40 @@ def _jax_index(full: jax.Array, visit: jax.Array, room: int) -> jax.Array:
     return jnp.sort(jnp.where(full, column, jnp.where(visit, column + n, column + 2 * n)))[..., :room] % n
 
 
-def _numpy_index(full: np.ndarray, visit: np.ndarray, count: np.ndarray, total: np.ndarray, room: int) -> np.ndarray:
-    slot, column = np.arange(room, dtype=np.int32), np.arange(full.shape[-1], dtype=np.int32)
-    index = np.zeros((*count.shape, room), np.int32)
-    for b, h, i in itertools.product(*map(range, full.shape[:2]), range(0, full.shape[2], _ROWS)):
-        some = np.s_[b, h, i : i + _ROWS]
-        whole, any_ = np.ascontiguousarray(full[some]), np.ascontiguousarray(visit[some])
-        columns = np.broadcast_to(column, whole.shape)
-        first, used = slot < count[some][:, None], slot < total[some][:, None]
-        index[some][first] = columns[whole]
-        index[some][used ^ first] = columns[any_ ^ whole]
+def _numpy_index(full: np.ndarray, visit: np.ndarray, count: np.ndarray, room: int) -> np.ndarray:
+    slot = np.arange(room, dtype=np.int32)
+    index = np.empty((*count.shape, room), np.int32)
+    for b, h in itertools.product(*map(range, full.shape[:2])):
+        whole, lists, after = full[b, h], index[b, h], count[b, h]
+        begins = whole.copy(order="K")
+        begins[:, 1:] &= ~whole[:, :-1]
+        line, place = _places(begins)
+        if (line[1:] > line[:-1]).all():  # what is full is one run in every list
+            first = np.zeros((len(lists), 1), np.int32)
+            first[line, 0] = place
+            np.add(first, slot, out=lists)
+            lists *= slot < after[:, None]
+        else:
+            lists[:] = 0
+            _fill(lists, whole, np.zeros_like(after))
+        _fill(lists, visit[b, h] ^ whole, after)
     return index
+
+
+def _fill(lists: np.ndarray, grid: np.ndarray, start: np.ndarray) -> None:
+    """Writes the places of what is true in each line of ``grid``, in order, into ``lists[line, start[line] :]``."""
+    line, place = _places(grid)
+    number = np.bincount(line, minlength=len(grid))
+    before = np.cumsum(number) - number
+    lists[line, np.arange(len(line)) - np.repeat(before - start, number)] = place
+
+
+def _places(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns line and place of what is true in ``grid`` ``[N, n]``, by line, then by place."""
+    if grid.flags.c_contiguous:
+        return np.divmod(np.flatnonzero(grid), grid.shape[1])
+    place, line = np.divmod(np.flatnonzero(grid.T), grid.shape[0])
+    return np.divmod(np.sort(line * grid.shape[1] + place), grid.shape[1])
 
 
 def _bits(facts: Facts, blocks: tuple[int, int], partial: Any, most: int) -> Array:
