@@ -2,8 +2,9 @@
 
 All ways of a case are measured in one process, so that their ratios are of one run of one card; FlexAttention runs in a
 process of its own, as two frameworks do not share a card's memory. A time is that of calls in a row, so that no call
-waits for the host. FLOPs are of two products forward and of five backward, for the elements that the mask shows
-(useful) and for the blocks that are visited. ``masks/131072`` measures how long it takes to list the blocks of a mask.
+waits for the host. Lists of blocks are made before, as a model makes them once for all its layers. FLOPs are of two
+products forward and of five backward, for the elements that the mask shows (useful) and for the blocks that are
+visited. ``masks/131072`` measures how long it takes to list the blocks of a mask.
 
     python -m benchmarks.flash_attention
     python -m benchmarks.flash_attention --case tiny/window
@@ -68,31 +69,37 @@ def make_mask(shape: Shape) -> Any:
 
 
 def ways(shape: Shape) -> dict[str, Callable[..., Any]]:
-    """Returns name -> attention of ``q, k, v``; those of peers only where they can say the mask."""
+    """Returns name -> attention of ``q, k, v, lists``; those of peers only where they can say the mask."""
     import jax
 
     from memjax.attention import attend, masks
 
     kernels: Any = "mosaic_gpu" if jax.default_backend() == "gpu" else None
     kind, *numbers = shape.mask
+
+    def own(mask: Any) -> Callable[..., Any]:
+        return lambda q, k, v, lists: attend(q, k, v, mask=mask, implementation=kernels)
+
     found: dict[str, Callable[..., Any]] = {
-        "memjax": functools.partial(attend, mask=make_mask(shape), implementation=kernels)
+        "memjax": lambda q, k, v, lists: attend(q, k, v, block_mask=lists, implementation=kernels),
+        "memjax, lists made in the call": own(make_mask(shape)),
     }
     if shape == SHAPES["causal-8k"]:
-        rule = masks.predicate(lambda q, k: k <= q)
-        found["memjax, as a predicate"] = functools.partial(attend, mask=rule, implementation=kernels)
+        found["memjax, as a predicate"] = own(masks.predicate(lambda q, k: k <= q))
     if kind != "causal":
-        found[ALL_KEYS] = functools.partial(attend, implementation=kernels)
+        found[ALL_KEYS] = own(None)
+
+    def without_lists(attention: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return lambda q, k, v, lists: attention(q, k, v, is_causal=True, **options)
+
     if kind in ("causal", "window"):
         window = {} if kind == "causal" else {"local_window_size": (int(numbers[0]) - 1, 0)}
         if jax.default_backend() == "gpu":
-            found["cuDNN"] = functools.partial(
-                jax.nn.dot_product_attention, is_causal=True, implementation="cudnn", **window
-            )
+            found["cuDNN"] = without_lists(jax.nn.dot_product_attention, implementation="cudnn", **window)
         if importlib.util.find_spec("tokamax"):
             import tokamax
 
-            found["tokamax"] = functools.partial(tokamax.dot_product_attention, is_causal=True, **window)
+            found["tokamax"] = without_lists(tokamax.dot_product_attention, **window)
     return found
 
 
@@ -123,11 +130,11 @@ def timed(function: Callable[..., Any], *operands: Any) -> dict[str, float]:
     }
 
 
-def gradients(attention: Callable[..., Any], q: Any, k: Any, v: Any, do: Any) -> Any:
+def gradients(attention: Callable[..., Any], q: Any, k: Any, v: Any, lists: Any, do: Any) -> Any:
     """Returns the result and the gradients of ``q, k, v`` for ``do``, that of the result."""
     import jax
 
-    out, back = jax.vjp(attention, q, k, v)
+    out, back = jax.vjp(lambda q, k, v: attention(q, k, v, lists), q, k, v)
     return out, back(do)
 
 
@@ -148,6 +155,7 @@ def run_attention(shape: Shape, with_torch: bool) -> dict[str, Any]:
     )
     lists = make_block_mask(mask, length, length, blocks=(128, 128))
     useful, visited = mask.density(length, length), lists.density
+    lists = jax.tree.map(jnp.asarray, lists)
     pairs = shape.batch * shape.heads * length**2
     forward_flops = 4 * shape.head_dim * pairs  # all keys shown
 
@@ -161,8 +169,8 @@ def run_attention(shape: Shape, with_torch: bool) -> dict[str, Any]:
         row: dict[str, Any] = {}
         rows[way] = row
         for name, function, operands, flops in (
-            ("forward", attention, (q, k, v), forward_flops),
-            ("both", functools.partial(gradients, attention), (q, k, v, do), 3.5 * forward_flops),
+            ("forward", attention, (q, k, v, lists), forward_flops),
+            ("both", functools.partial(gradients, attention), (q, k, v, lists, do), 3.5 * forward_flops),
         ):
             try:
                 row[name] = rated(timed(function, *operands), flops, whole=way == ALL_KEYS)
@@ -176,8 +184,9 @@ def run_attention(shape: Shape, with_torch: bool) -> dict[str, Any]:
             for name, flops in (("forward", forward_flops), ("both", 3.5 * forward_flops))
         }
     lse = jax.random.normal(keys[0], (shape.batch, length, shape.heads)) + math.log(length)
-    sums = functools.partial(column_sums, mask=mask, implementation="mosaic_gpu" if on_gpu else None)
-    rows["memjax, column_sums"] = {"forward": rated(timed(sums, q, k, lse), forward_flops / 2)}
+    sums = functools.partial(column_sums, implementation="mosaic_gpu" if on_gpu else None)
+    found = timed(lambda q, k, lse, lists: sums(q, k, lse, block_mask=lists), q, k, lse, lists)
+    rows["memjax, column_sums"] = {"forward": rated(found, forward_flops / 2)}
     own = rows["memjax"]
     for name, found in rows.get(ALL_KEYS, {}).items():
         if "ms" in found and "ms" in own[name]:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from memjax.attention import masks
 from memjax.attention.block_mask import BlockMask, block_mask_in_program
 from memjax.attention.choice import (
-    CUDNN_WINS,
     Implementation,
     cudnn_attention,
     cudnn_form,
+    cudnn_is_taken,
     cudnn_unsupported,
 )
 from memjax.attention.expression import Mask
@@ -105,8 +105,8 @@ def attend(
       return_column_sums: also return what every key gets of the weights, float32 ``[B, Hk, T]``, summed over rows and
         the heads of a group, before dropout. It has no gradient.
       implementation: "mosaic_gpu" (Hopper), "cudnn" (full, causal, causal window, lengths), "xla", "reference" (S x T
-        scores). None takes cuDNN for the masks of `choice.CUDNN_WINS` where it can run, else the kernels on a Hopper
-        GPU and whole arrays (on several devices, inside shard_map), else XLA.
+        scores). None takes cuDNN for full and causal masks where it can run, unless the kernels run and heads are 128
+        wide; else the kernels on a Hopper GPU and whole arrays (on several devices, inside shard_map), else XLA.
 
     Returns:
       ``[B, S, H, Dv]`` in the dtype of ``q``, 0 for rows with no keys; a tuple of it and what else was asked for. NaN
@@ -140,7 +140,8 @@ def attend(
         reasons = cudnn_unsupported(q, k, v, form, [name for name, given in asked.items() if given])
         if implementation == "cudnn" and reasons:
             raise ValueError(f"cuDNN's attention cannot run: {'; '.join(reasons)}")
-        if form is not None and not reasons and (implementation == "cudnn" or form.kind in CUDNN_WINS):
+        asked_for = implementation == "cudnn"
+        if not reasons and form is not None and (asked_for or cudnn_is_taken(form, q.shape[-1], _kernels_run())):
             return _kept_plain(functools.partial(cudnn_attention, form=form, scale=scale))(q, k, v)
 
     implementation = _of_kernels(implementation)
@@ -376,8 +377,11 @@ def _nan_where_lost(block_mask: BlockMask, heads: int) -> jax.Array:
 
 def _of_kernels(implementation: Any) -> Any:
     """Returns "xla" in place of None where the kernels run neither on this device nor on pieces of arrays."""
-    kernels_run = on_hopper() and whole_arrays()
-    return "xla" if implementation is None and not kernels_run else implementation
+    return "xla" if implementation is None and not _kernels_run() else implementation
+
+
+def _kernels_run() -> bool:
+    return on_hopper() and whole_arrays()
 
 
 def _lists(settings: _Settings, extra: _Extra, S: int, T: int) -> BlockMask:

@@ -14,8 +14,11 @@ from memjax.attention.masks import _causal, _full, _lengths, _window
 
 Implementation = Literal["mosaic_gpu", "cudnn", "xla", "reference"]
 
-CUDNN_WINS = frozenset({"full", "causal"})
-"""Kinds of masks for which cuDNN is the faster; it also expresses "window" and "lengths"."""
+_CUDNN_WINS = frozenset({"full", "causal"})
+"""Kinds of masks for which cuDNN may be the faster; it also expresses "window" and "lengths"."""
+
+_KERNELS_WIN = frozenset({128})
+"""Widths of heads at which kernels are the faster for these too: measured, `benchmarks.flash_attention`."""
 
 
 class CudnnForm(NamedTuple):
@@ -60,6 +63,17 @@ def cudnn_form(mask: Mask, S: int, T: int) -> CudnnForm | None:
     if form.left is None:
         return form
     return form if form.left >= 0 and form.causal and form.kind == "window" else None  # else rows may have no keys
+
+
+def cudnn_is_taken(form: CudnnForm, width: int, kernels_run: bool) -> bool:
+    """Returns whether cuDNN is taken without being asked for.
+
+    Args:
+      form: of the mask.
+      width: of heads.
+      kernels_run: whether the attention kernels run on these arrays.
+    """
+    return form.kind in _CUDNN_WINS and not (kernels_run and width in _KERNELS_WIN)
 
 
 def _conjuncts(mask: Mask) -> Iterator[Mask]:

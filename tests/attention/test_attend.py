@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from memjax import remat
 from memjax.attention import attend, column_sums, default_blocks, make_block_mask, masks, merge, online_softmax
-from memjax.attention.choice import cudnn_attention, cudnn_form
+from memjax.attention.choice import CudnnForm, cudnn_attention, cudnn_form, cudnn_is_taken
 from memjax.attention.online import join
 from memjax.core import compiled_bytes
 from tests.attention.test_masks import random_mask
@@ -406,6 +406,12 @@ def test_masks_in_the_terms_of_cudnn():
     )
     assert all(cudnn_form(mask, S, S) is None for mask in not_expressible)
     assert cudnn_form(masks.causal(), S, 2 * S) is None and cudnn_form(masks.full(), S, 2 * S) is not None
+
+
+def test_cudnn_is_taken_where_kernels_do_not_run_or_lose():
+    causal, window = CudnnForm(causal=True), CudnnForm(causal=True, left=3)
+    assert cudnn_is_taken(causal, 128, kernels_run=False) and cudnn_is_taken(CudnnForm(), 64, kernels_run=True)
+    assert not cudnn_is_taken(causal, 128, kernels_run=True) and not cudnn_is_taken(window, 64, kernels_run=False)
 
 
 def test_what_cannot_run_says_every_reason():
