@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -195,12 +196,16 @@ def run_process(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
     JAX allocates memory as it goes unless the environment says otherwise; a step that needs one block of half the
     card may then find none, where a pool made at the start (``XLA_PYTHON_CLIENT_PREALLOCATE=true``) has it.
     """
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONFAULTHANDLER": "1"} | os.environ
     command = [sys.executable, "-m", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
     except subprocess.TimeoutExpired:
         return {"error": f"did not finish in {timeout_s:.0f} s"}
+    if done.returncode < 0:
+        calls = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', done.stderr)
+        where = ", ".join(f"{name} in {Path(path).name}:{line}" for path, line, name in calls[:4])
+        return {"error": f"killed by {signal.Signals(-done.returncode).name}" + (f" in {where}" if where else "")}
     if done.returncode:
         return {"error": last_exception(done.stderr) or f"exit status {done.returncode}"}
     try:

@@ -27,6 +27,11 @@ def module(tmp_path, monkeypatch):
                 raise ValueError("the shapes (2,) and (3,) do not fit")
             elif case == "slow":
                 time.sleep(60)
+            elif case == "crash":
+                import ctypes
+                def crash():
+                    ctypes.string_at(0)
+                crash()
             """
         )
     )
@@ -42,6 +47,10 @@ def test_a_failure_is_an_error_without_its_traceback(module):
     assert harness.run_process([module, "--case", "bad"], 30) == {
         "error": "ValueError: the shapes (2,) and (3,) do not fit"
     }
+
+
+def test_a_crash_says_where(module):
+    assert harness.run_process([module, "--case", "crash"], 30)["error"].startswith("killed by SIGSEGV in string_at in __init__.py")
 
 
 def test_a_time_out_is_an_error(module):
