@@ -46,7 +46,7 @@ FROZEN_TOKENS, TRAINED_ENTRIES, VIEW_TOKENS = 2048, 4096, 512
 """Shapes of tiles by default: most tokens at a frozen head, fewest of the vocabulary at a trained one, tokens at a
 view. Cutting the head costs a copy per block of tokens, and adding to the sums a pass over them per part of the
 vocabulary."""
-KERNEL_TILE, KERNEL_ENTRIES = 2**26, 8192
+KERNEL_TILE, KERNEL_ENTRIES = 3 * 2**24, 8192
 """Likewise for the kernels: numbers of a tile at a frozen head, which have 16 bits, and entries at a trained one."""
 LOW = float(jnp.finfo(jnp.float32).min)
 
