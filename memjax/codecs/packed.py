@@ -264,6 +264,13 @@ class Packed:
     axes: tuple[int, ...]
     dtype: np.dtype
 
+    def __repr__(self) -> str:
+        """Codes are left out: a tree of packed weights is looked at often."""
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):  # a tree of something else, of its form
+            return f"Packed({self.planes}, {self.scale}, {self.offset}, {self.codec})"
+        sizes = ", ".join(map(str, self.shape))
+        return f"Packed({np.dtype(self.dtype).name}[{sizes}] in {self.nbytes:,} bytes, axes {self.axes}, {self.codec})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.planes[0].shape)

@@ -30,7 +30,15 @@ from memjax.recipes.methods import METHODS, Settings, make_adapter
 from memjax.recipes.optimizers import make_training
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, human, residual_bytes, working_bytes
-from memjax.recipes.settings import FREE_SETTINGS, Dtype, FinetuneSettings, checked, concrete, with_defaults
+from memjax.recipes.settings import (
+    FREE_SETTINGS,
+    Dtype,
+    FinetuneSettings,
+    bound_to_length,
+    checked,
+    concrete,
+    with_defaults,
+)
 from memjax.recipes.train import LossFn, check_finite, init_on_mesh, init_state
 from memjax.recipes.whole import TrainedWeights
 from memjax.weights import lift
@@ -163,7 +171,14 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     }
     checkpoints = Checkpoints(out, keep=settings.keep)
     if settings.resume:
-        check_same(with_defaults(checkpoints.settings()), recorded, FREE_SETTINGS)
+        saved = with_defaults(checkpoints.settings())
+        longer = settings.steps > saved["steps"]
+        if longer and (bound := bound_to_length(settings)):
+            raise ValueError(
+                f"the run in {out} is of {before['steps']} steps and cannot be made one of {settings.steps}: "
+                f"{' and '.join(bound)} would have been another from the start"
+            )
+        check_same(saved, recorded, (*FREE_SETTINGS, "steps") if longer else FREE_SETTINGS)
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     frozen, start = _start(adapter, model.params, settings, out)
@@ -191,7 +206,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         state = checkpoints.restore(state)
         if int(state.step) >= settings.steps:
             raise ValueError(
-                f"the run in {out} is finished: {settings.steps} steps are done, nothing is left to resume"
+                f"the run in {out} is finished: {settings.steps} steps are done; --steps with more of them trains on"
             )
         console.print(f"resuming after step {int(state.step)} of {settings.steps}")
     done = int(state.step)

@@ -14,7 +14,7 @@ from memjax import parallel, remat
 from memjax.recipes.attention import parse_attention
 from memjax.recipes.data import TooLong
 from memjax.recipes.formats import Format
-from memjax.recipes.methods import AdapterName, complete
+from memjax.recipes.methods import METHODS, AdapterName, complete
 from memjax.recipes.optimizers import OPTIMIZERS, OptimizerName, every_weight
 from memjax.recipes.train import Schedule
 
@@ -68,7 +68,8 @@ class FinetuneSettings:
       seed: of the order of the data, the adapter, dropout and the optimizer.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that are kept.
-      resume: folder of a run to go on with; every setting is taken from the run, --model too.
+      resume: folder of a run to go on with; every setting is taken from the run, --model too. More ``steps`` lengthen
+        it, if nothing in it follows from its length.
       out: folder for results; by default runs/MODEL-ADAPTER.
       prompt: start of the samples; by default the start of the held-out data.
       sample_tokens: tokens of each sample.
@@ -114,6 +115,17 @@ class FinetuneSettings:
     prompt: str | None = None
     sample_tokens: int = 40
     temperature: float = 0.7
+
+
+def bound_to_length(settings: FinetuneSettings) -> list[str]:
+    """Returns the settings by which every step of a run depends on how many there are."""
+    optimizer = OPTIMIZERS[settings.optimizer]
+    bound = {
+        "schedule": settings.schedule != "constant",
+        "adapter": METHODS[settings.adapter].after is not None,
+        "optimizer": settings.update_gap is None and "update_gap" in optimizer.settings,
+    }
+    return [f"{name}={getattr(settings, name)}" for name, follows in bound.items() if follows]
 
 
 def checked(settings: FinetuneSettings) -> FinetuneSettings:

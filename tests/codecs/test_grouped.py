@@ -498,3 +498,8 @@ def test_bad_input():
             codecs.int4(group)
     with pytest.raises(ValueError, match="scale_dtype must be one of"):
         codecs.int8(16, scale_dtype="float64")
+
+
+def test_repr_says_what_it_is_and_leaves_codes_out():
+    text = repr(codecs.int4(group=64).encode(jnp.ones((64, 256)), -2))
+    assert text.startswith("Packed(float32[64, 256] in 8,704 bytes, axes (-2,), Grouped(bits=4") and "array" not in text

@@ -170,11 +170,31 @@ def test_a_finished_run_and_another_folder_are_not_resumed(text_run, tmp_path):
     settings, result = text_run
     written = (result.out / "report.json").read_bytes()
     again = dataclasses.replace(settings, resume=settings.out, out=None)
-    with pytest.raises(ValueError, match="is finished: 12 steps are done"):
+    with pytest.raises(ValueError, match="is finished: 12 steps are done; --steps with more"):
         finetune(again, QUIET)
     with pytest.raises(ValueError, match="resumes in its own folder"):
         finetune(dataclasses.replace(again, out=str(tmp_path)), QUIET)
     assert (result.out / "report.json").read_bytes() == written
+
+
+def test_a_finished_run_made_longer_is_the_longer_run(tiny_model, text_file, tmp_path):
+    settings = FinetuneSettings(
+        model=str(tiny_model), data=str(text_file), out=str(tmp_path / "long"), rank=2, seq=16, steps=4, batch=2,
+        dropout=0.1, eval_windows=2, sample_tokens=2, save_every=3,
+    )  # fmt: skip
+    long = finetune(settings, QUIET)
+    short = dataclasses.replace(settings, out=str(tmp_path / "short"), steps=2)
+    finetune(short, QUIET)
+    again = finetune(dataclasses.replace(settings, out=None, resume=short.out), QUIET)
+    assert again.losses == long.losses and again.after == long.after
+    jax.tree.map(np.testing.assert_array_equal, again.theta, long.theta)
+    for change, message in (
+        ({"schedule": "linear"}, "of 4 steps and cannot be made one of 6: schedule=linear would"),
+        ({"adapter": "lamda", "optimizer": "frugal", "dropout": 0.0}, "adapter=lamda and optimizer=frugal would"),
+        ({"rank": 4}, "rank: 2 before, 4 now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(dataclasses.replace(settings, out=None, resume=short.out, **({"steps": 6} | change)), QUIET)
 
 
 def test_remat_changes_what_is_kept_and_not_the_first_loss(text_run, tmp_path, capsys):

@@ -166,7 +166,7 @@ def test_settings_come_from_toml_and_the_command_line_goes_before(tiny_model, te
     file.write_text(every)
     assert read_toml(file)["targets"] == ("**/kernel",)
     for how in (["--resume", str(tmp_path / "run"), "--config", str(file)], ["--config", str(file)]):
-        file.write_text(f'resume = "{tmp_path / "run"}"\nsteps = 7')
+        file.write_text(f'resume = "{tmp_path / "run"}"\nseq = 7')
         with pytest.raises(SystemExit):
             cli.main(["finetune", *how])
-        assert "need not be given; steps: 2 before, 7 now" in capsys.readouterr().err
+        assert "need not be given; seq: 16 before, 7 now" in capsys.readouterr().err
