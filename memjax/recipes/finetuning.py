@@ -175,7 +175,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         longer = settings.steps > saved["steps"]
         if longer and (bound := bound_to_length(settings)):
             raise ValueError(
-                f"the run in {out} is of {before['steps']} steps and cannot be made one of {settings.steps}: "
+                f"the run in {out} is of {saved['steps']} steps and cannot be made one of {settings.steps}: "
                 f"{' and '.join(bound)} would have been another from the start"
             )
         check_same(saved, recorded, (*FREE_SETTINGS, "steps") if longer else FREE_SETTINGS)
