@@ -1,4 +1,4 @@
-"""Writes benchmarks/RESULTS.md from the recorded results, so that no number in it was typed by hand."""
+"""Writes RESULTS.md and ladder.svg from the recorded results, so that no number in them was typed by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
+from benchmarks.ladder_plot import ladder_svg
 
 PAGE = Path(__file__).parent / "RESULTS.md"
+PLOT = Path(__file__).parent / "ladder.svg"
+PLOTTED = RESULTS / "nvidia-h100-80gb-hbm3" / "ladder.json"
 
 INTRODUCTION = """# Results
 
@@ -644,4 +647,5 @@ def render(results: Path = RESULTS) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render())
-    print(PAGE)
+    PLOT.write_text(ladder_svg(json.loads(PLOTTED.read_text())))
+    print(PAGE, PLOT, sep="\n")

@@ -1,11 +1,14 @@
-"""RESULTS.md holds what the recorded files say, and only compares rows of one run."""
+"""RESULTS.md and ladder.svg hold what the recorded files say, and only compare rows of one run."""
 
 import argparse
 import json
+import re
 
+import numpy as np
 import pytest
 
 from benchmarks import activation_quality, attention_quality, formats, full_finetuning, ladder, results
+from benchmarks.ladder_plot import ladder_svg
 
 FACTS = {
     "device": "Card 9000",
@@ -75,6 +78,32 @@ def test_page_is_up_to_date():
     if not results.PAGE.exists():
         pytest.skip("no results are recorded yet")
     assert results.PAGE.read_text() == results.render(), "run `make results`"
+
+
+NUMBER = re.compile(r"-?\d+\.?\d*")
+
+
+def test_plot_is_up_to_date():
+    recorded = json.loads(results.PLOTTED.read_text())
+    plot, again = results.PLOT.read_text(), ladder_svg(recorded)
+    assert NUMBER.sub("#", plot) == NUMBER.sub("#", again), "run `make results`"
+    np.testing.assert_allclose(*(np.array(NUMBER.findall(text), float) for text in (plot, again)), atol=0.01)
+    for rung in ladder.LADDERS["8B LoRA, 2 x 2048"][1]:
+        assert f">{rung.removeprefix('memjax: ')}</text>" in plot
+
+
+def rung(name, run="monday", **values):
+    return row(name.partition(":")[0], run, peak_gib=8.0, **values) | {"case": f"small/{name}"}
+
+
+def test_plot_refuses_rungs_of_two_runs():
+    rows = [rung("plain_jax", tokens_per_s=900.0), rung("memjax: less"), rung("peft"), rung("memjax: least")]
+    recorded = {"runs": {"monday": FACTS, "tuesday": FACTS}, "rows": rows}
+    assert ">least</text>" in ladder_svg(recorded, "small")
+    with pytest.raises(ValueError, match=r"one run, they are of \['monday', 'tuesday'\]"):
+        ladder_svg(recorded | {"rows": [*rows, rung("peft", "tuesday")]}, "small")
+    with pytest.raises(ValueError, match="one run"):
+        ladder_svg(recorded, "large")
 
 
 def test_render_reads_every_file(tmp_path):
