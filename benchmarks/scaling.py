@@ -9,6 +9,7 @@ Bytes are those of the last device of the mesh, for the weights are made on the 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -58,8 +59,8 @@ def build(shape: finetune.Shape, stack: str, mesh: Any, attention: str) -> tuple
         return loss, jnp.float32(tokens[:, 1:].size)
 
     parts = optim.parts_of_stages(lambda tokens: model.stages(tokens[:, :-1], attention=attention), head)
-    parts = parts._replace(block=remat.checkpoint(parts.block, "full", prevent_cse=False))
-    sums = parallel.on_mesh(parts, mesh)
+    checkpoint = functools.partial(remat.checkpoint, params=(1,), prevent_cse=False)
+    sums = parallel.on_mesh(parts, mesh, checkpoint=checkpoint)
     tx = optax.adamw(finetune.LEARNING_RATE)
     train = make_step(lambda theta, frozen, tokens, key: sums(adapter.attach(frozen, theta), tokens), tx)
     training, held = Training(tx.init, train), {}

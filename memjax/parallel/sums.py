@@ -35,6 +35,7 @@ def on_mesh(
     parts: LossParts | Sequence[Callable[..., Any]],
     mesh: Mesh,
     *,
+    checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     layers: str = "layers",
     columns: Patterns = COLUMNS,
     rows: Patterns = ROWS,
@@ -55,9 +56,11 @@ def on_mesh(
 
     Args:
       parts: the model cut at its layers, as for `memjax.optim.fused_step`: its functions take weight views too. The
-        result of ``head`` is a pytree of sums over the batch, such as (weighted losses, weights). ``block`` under a
-        policy of `memjax.remat.checkpoint` keeps what that says.
+        result of ``head`` is a pytree of sums over the batch, such as (weighted losses, weights).
       mesh: with some of the axes data, fsdp and model, of `AxisType.Auto`.
+      checkpoint: puts a policy around ``(x, (layer, batch, index)) -> x``, such as ``lambda f:
+        memjax.remat.checkpoint(f, "full", params=(1,), prevent_cse=False)``. A layer is gathered inside of it; a policy
+        within ``parts.block`` would not hold under fsdp, where all of a layer but what it gathers would be kept.
       layers, columns, rows: as in `specs`.
 
     Returns:
@@ -110,11 +113,15 @@ def on_mesh(
             around = outer(params)
             x = again(lambda params: lift(parts.embed)(whole(params), batch))(around)
 
-            def block(layer: Any, x: Any, index: jax.Array) -> Any:
+            def block(x: Any, rest: Any) -> Any:
+                layer, batch, index = rest
                 return lift(parts.block)(summing(_gather(layer, stack_specs, 1)), x, batch, index)
 
+            kept = block if checkpoint is None else checkpoint(block)
+            kept = again(block, prevent_cse=False) if kept is block else kept
+
             def body(x: Any, slices: Any) -> tuple[Any, None]:
-                return again(block, prevent_cse=False)(slices[0], x, slices[1]), None
+                return kept(x, (slices[0], batch, slices[1])), None
 
             numbers = jnp.arange(len(jax.tree.leaves(params[layers])[0]), dtype=jnp.int32)
             x, _ = lax.scan(body, x, (params[layers], numbers))

@@ -4,6 +4,7 @@ down."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -73,7 +74,8 @@ def make_loss(
     count)``; with a mesh, computed there."""
 
     if mesh is not None:
-        sums = parallel.on_mesh(_sum_parts(model, settings), mesh)
+        checkpoint = functools.partial(checkpointed, remat=settings.remat)
+        sums = parallel.on_mesh(_sum_parts(model, settings), mesh, checkpoint=checkpoint)
         return lambda theta, frozen, batch, key: sums(adapter.attach(frozen, theta, key if dropout else None), batch)
 
     attention = parse_attention(settings.attention)
@@ -105,9 +107,7 @@ def _sum_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
     def head(params: Any, hidden: jax.Array, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
         return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
 
-    parts = optim.parts_of_stages(_stages(model, settings), head)
-    block = checkpointed(lambda x, rest: parts.block(rest[0], x, *rest[1:]), settings.remat)
-    return parts._replace(block=lambda layer, x, batch, index: block(x, (layer, batch, index)))
+    return optim.parts_of_stages(_stages(model, settings), head)
 
 
 def _stages(model: models.Model, settings: FinetuneSettings) -> Callable[[data_.Windows], models.Stages]:

@@ -1,5 +1,6 @@
 """A layered model on meshes: sums and gradients of one device, what travels, what a device holds."""
 
+import functools
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from memjax import adapters, codecs, optim, parallel, weights
+from memjax import adapters, codecs, optim, parallel, remat, weights
 from memjax.core.bytes import compiled_bytes, nbytes
 from memjax.weights import lift
 
@@ -70,10 +71,10 @@ def placed(job, mesh):
     return (theta, frozen, jax.device_put(batch, parallel.batch_sharding(mesh))), places
 
 
-def compiled_on(job, sizes):
+def compiled_on(job, sizes, **options):
     mesh = parallel.make_mesh(sizes)
     arguments, places = placed(job, mesh)
-    loss = mean_of(parallel.on_mesh(PARTS, mesh, **ROLES), job[1].attach)
+    loss = mean_of(parallel.on_mesh(PARTS, mesh, **ROLES, **options), job[1].attach)
     return jax.jit(jax.value_and_grad(loss), out_shardings=(None, places[1])).lower(*arguments).compile(), arguments
 
 
@@ -115,6 +116,22 @@ def test_backward_gathers_again_instead_of_keeping(job):
     assert split.argument < 0.35 * whole.argument
     assert split.temp < whole.temp + layers / 2
     assert split.total < 0.75 * whole.total
+
+
+def test_a_policy_holds_where_layers_are_gathered(job):
+    rows = 4096
+    large = *job[:3], {"x": jnp.arange(rows) % 16, "w": jnp.ones(rows)}
+    full = functools.partial(remat.checkpoint, params=(1,), prevent_cse=False)
+    kept, again = (
+        compiled_bytes(compiled_on(large, "fsdp=4", checkpoint=checkpoint)[0]).temp for checkpoint in (None, full)
+    )
+    inputs, inner = LAYERS * rows // 4 * WIDTH * 4, LAYERS * rows // 4 * WIDE * 4
+    assert inputs < again < inputs + inner and kept > again + 0.9 * inner, (kept, again, inputs, inner)
+    compiled, arguments = compiled_on(job, "fsdp=4", checkpoint=full)
+    expected, _ = compiled_on(job, "fsdp=4")
+    for got, want in zip(*map(jax.tree.leaves, (compiled(*arguments), expected(*arguments))), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert set(collectives(compiled, "all-gather")) == set(collectives(expected, "all-gather"))
 
 
 def test_rows_after_columns_are_summed_twice_a_layer(job):
