@@ -396,8 +396,9 @@ class Llama(nnx.Module):
             P + S positions.
           prefix: ``[P, D]`` of a soft prompt, which stands before every sequence and is seen by every segment of it:
             positions 0 to P - 1, those of the tokens moved on by P. ``[L, P, D]`` replaces it before each layer.
-          mlp_chunk: tokens for which an MLP, with its norm and residual sum, exists at a time; backward computes it
-            again, whatever ``remat`` keeps of the rest. None: all.
+          mlp_chunk: tokens for which an MLP, with its norm and residual sum, exists at a time; None: all. Policies that
+            keep every residual, such as "none" and "8bit", then keep its input only and compute it again; the others
+            keep what they say, and their gradients cost what they cost.
 
         Returns:
           ``[B, S, D]`` in the dtype of the embedding: the tokens only.

@@ -61,7 +61,8 @@ class FinetuneSettings:
       attention: which past tokens a token sees, parts joined by commas: window=1024 (the last ones), sinks=4 (the first
         ones), chunked=2048 (those of its chunk); None: all. Documents are always kept apart.
       chunk: logits exist for so many tokens at a time.
-      mlp_chunk: MLPs exist for so many tokens at a time, and are computed once more; None: for all.
+      mlp_chunk: MLPs exist for so many tokens at a time; None: for all. With remat none, 8bit, 4bit, 2bit and
+        offload-4bit their inputs alone are kept.
       held_out: fraction of the data, at its end, that is held out.
       eval_windows: sequences of held-out data that are evaluated.
       eval_every: also evaluate every so many steps; 0: only before and after.
