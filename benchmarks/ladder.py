@@ -38,6 +38,7 @@ _B2, _B1 = Shape("llama-3.1-8b", 2, 2048), Shape("llama-3.1-8b", 1, 2048)
 _LONG, _SMALL_LONG = Shape("llama-3.1-8b", 1, 32768), Shape("llama-3.2-1b", 1, 32768)
 _SMALL, _TINY = Shape("llama-3.2-1b", 4, 2048), Shape("tiny", 2, 32)
 _QLORA = {"format": "nf4", "remat": "full-4bit"}
+_CHUNKS = {"remat": "full-4bit", "mlp_chunk": 4096}
 _FULL = {"adapter": "none", "clip": None}
 LADDERS: dict[str, tuple[Shape, dict[str, tuple[str, dict[str, Any]]]]] = {
     "8B LoRA, 2 x 2048": (
@@ -64,6 +65,14 @@ LADDERS: dict[str, tuple[Shape, dict[str, tuple[str, dict[str, Any]]]]] = {
             "plain_jax, full remat, 1 x 8192": ("plain_jax", {"remat": "full", "length": 8192}),
             "memjax: the last 1024 tokens and 4 sinks": ("memjax", {"attention": "window=1024,sinks=4"}),
             "the last 4096 tokens and 4 sinks": ("memjax", {"attention": "window=4096,sinks=4"}),
+            "1024 and 4, layer inputs in 4 bits, the MLP in chunks": (
+                "memjax",
+                {"attention": "window=1024,sinks=4"} | _CHUNKS,
+            ),
+            "4096 and 4, layer inputs in 4 bits, the MLP in chunks": (
+                "memjax",
+                {"attention": "window=4096,sinks=4"} | _CHUNKS,
+            ),
         },
     ),
     "1B LoRA, 1 x 32768": (

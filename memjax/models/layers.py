@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from memjax import attention as sparse
 from memjax.adapters import prepend
 from memjax.core import packing
-from memjax.remat import Policy, Remat, checkpoint, parse
+from memjax.remat import Policy, Remat, checkpoint, parse, tiled
+from memjax.weights.adapted import fold_keys
 
 Implementation = Literal["xla", "cudnn"]
 Attention = Implementation | sparse.Mask | Callable[[jax.Array, jax.Array], sparse.Mask]
@@ -219,6 +220,31 @@ def join_heads(attention: Callable[..., jax.Array], heads: int) -> Callable[...,
 
     joined.defvjp(forward, backward)
     return joined
+
+
+def in_chunks(f: Callable[[Any, jax.Array], jax.Array], modules: Any, x: jax.Array, chunk: int | None) -> jax.Array:
+    """Returns ``f(modules, x)``, computed and differentiated for some tokens at a time.
+
+    Args:
+      f: treats tokens alike and apart; its result has the shape of ``x``.
+      modules: pytree of NNX modules.
+      x: ``[B, S, D]``.
+      chunk: tokens at a time, whose words for dropout differ; None, or B * S and more: all at once.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"mlp_chunk={chunk} must be at least 1")
+    tokens = x.shape[0] * x.shape[1]
+    if chunk is None or chunk >= tokens:
+        return f(modules, x)
+    graphdef, state = nnx.split(modules)
+
+    def run(state: Any, x: jax.Array, number: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda weight: fold_keys(weight, number[0]), state)
+        return f(nnx.merge(graphdef, own), x)
+
+    # Checkpointed as a whole too, so that `x` is kept as it came in, by the name it has, and not the parts cut from it.
+    pieces = jax.checkpoint(tiled(run, 0, -(-tokens // chunk)), prevent_cse=False)
+    return pieces(state, x.reshape(tokens, -1), jnp.arange(tokens, dtype=jnp.uint32)).reshape(x.shape)
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> Any:

@@ -30,6 +30,7 @@ from memjax.models.layers import (
     again_if_packed,
     attend,
     attend_blocks,
+    in_chunks,
     prefix_length,
     replace_prefix,
     require_sizes,
@@ -223,12 +224,20 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, attention: Any) -> jax.Array:
-        """Args: ``x [B, S, D]``; ``angles [B or 1, S, Dh/2]``; ``attention(q, k, v) -> [B, S, H * Dh]``."""
+    def __call__(self, x: jax.Array, angles: jax.Array, attention: Any, mlp_chunk: int | None = None) -> jax.Array:
+        """Returns ``[B, S, D]``.
+
+        Args:
+          x: ``[B, S, D]``.
+          angles: ``[B or 1, S, Dh/2]``.
+          attention: ``(q, k, v) -> [B, S, H * Dh]``.
+          mlp_chunk: as `Llama` takes it.
+        """
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
         x = x + again_if_packed(lambda *qkv: self.self_attn.o_proj(attention(*qkv)))(q, k, v)
         x = checkpoint_name(x, "block_middle")
-        return x + self.mlp(self.post_attention_layernorm(x))
+        parts = {"norm": self.post_attention_layernorm, "mlp": self.mlp}
+        return in_chunks(lambda parts, x: x + parts["mlp"](parts["norm"](x)), parts, x, mlp_chunk)
 
 
 def _parts(choice: AttentionChoice | None) -> tuple[Any, Mask | None, Any]:
@@ -333,6 +342,7 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         attention: AttentionChoice | None = None,
         prefix: jax.Array | None = None,
+        mlp_chunk: int | None = None,
     ) -> Callable[[Block, jax.Array, Any], jax.Array]:
         """Returns ``layer(block, x, extra) -> x``, one step of the decoder; arguments as in `__call__`."""
         if tokens.ndim != 2:
@@ -358,7 +368,7 @@ class Llama(nnx.Module):
 
         def layer(block: Block, x: jax.Array, extra: Any) -> jax.Array:
             _, has_window, own_prefix = extra
-            return block(replace_prefix(own_prefix, x), angles, self._windowed(has_window, attention_of))
+            return block(replace_prefix(own_prefix, x), angles, self._windowed(has_window, attention_of), mlp_chunk)
 
         return layer
 
@@ -371,6 +381,7 @@ class Llama(nnx.Module):
         remat: Policy = "none",
         attention: AttentionChoice | None = None,
         prefix: jax.Array | None = None,
+        mlp_chunk: int | None = None,
     ) -> jax.Array:
         """Runs the decoder up to and including the final norm.
 
@@ -385,11 +396,14 @@ class Llama(nnx.Module):
             P + S positions.
           prefix: ``[P, D]`` of a soft prompt, which stands before every sequence and is seen by every segment of it:
             positions 0 to P - 1, those of the tokens moved on by P. ``[L, P, D]`` replaces it before each layer.
+          mlp_chunk: tokens for which an MLP, with its norm and residual sum, exists at a time; None: all. Policies that
+            keep every residual, such as "none" and "8bit", then keep its input only and compute it again; the others
+            keep what they say, and their gradients cost what they cost.
 
         Returns:
           ``[B, S, D]`` in the dtype of the embedding: the tokens only.
         """
-        layer = self.layer(tokens, segment_ids, positions, attention, prefix)
+        layer = self.layer(tokens, segment_ids, positions, attention, prefix, mlp_chunk)
         x = scan_layers(self.layers, layer, self.embed(tokens, prefix), self.layer_xs(prefix), remat=remat)
         return self.finish(tokens, x)
 

@@ -120,6 +120,7 @@ class Model:
         prefix: jax.Array | None = None,
         remat: Policy = "none",
         attention: Attention | None = None,
+        mlp_chunk: int | None = None,
     ) -> jax.Array:
         """Returns the last hidden states ``[B, S, D]``, in the dtype of the embedding.
 
@@ -132,8 +133,9 @@ class Model:
           remat: such as "none", "full", "dots" or "8bit"; see `memjax.models.layers.scan_layers`.
           attention: "xla", "cudnn", or None for the best that runs; decoders also take a mask of
             `memjax.attention.masks` or a function ``(q, k) -> mask``; see `Llama`.
+          mlp_chunk: tokens for which an MLP exists at a time, decoders only; see `Llama`.
         """
-        own = self._inputs(segment_ids, positions, mask, token_types)
+        own = self._inputs(segment_ids, positions, mask, token_types, mlp_chunk)
         return bind(self.config, params)(tokens, **own, prefix=prefix, remat=remat, attention=attention)
 
     def hiddens(
@@ -164,13 +166,14 @@ class Model:
         token_types: jax.Array | None = None,
         prefix: jax.Array | None = None,
         attention: Attention | None = None,
+        mlp_chunk: int | None = None,
     ) -> Stages:
         """Cuts the model at its blocks: for a side network, a teacher beside its student, training block by block.
 
         Args:
           tokens and options: as in `hidden`.
         """
-        own = self._inputs(segment_ids, positions, mask, token_types)
+        own = self._inputs(segment_ids, positions, mask, token_types, mlp_chunk)
         types = {name: own.pop(name) for name in ("token_types",) if name in own}
         module: Any = nnx.merge(*structure(module_of(self.config), self.config))
         step = module.layer(tokens, **own, attention=attention, prefix=prefix)
@@ -182,14 +185,14 @@ class Model:
             finish=lambda params, x: bind(self.config, params).finish(tokens, x),
         )
 
-    def _inputs(self, segment_ids: Any, positions: Any, mask: Any, token_types: Any) -> dict[str, Any]:
-        """Returns the inputs beside tokens that the model's kind takes."""
+    def _inputs(self, segment_ids: Any, positions: Any, mask: Any, token_types: Any, mlp_chunk: Any) -> dict[str, Any]:
+        """Returns what else than tokens the model's kind takes."""
         if self.kind == "causal":
             if mask is not None or token_types is not None:
                 raise ValueError("mask and token_types are for encoders; a decoder takes segment_ids")
-            return {"segment_ids": segment_ids, "positions": positions}
-        if segment_ids is not None or positions is not None:
-            raise ValueError("segment_ids and positions are for decoders; an encoder takes mask")
+            return {"segment_ids": segment_ids, "positions": positions, "mlp_chunk": mlp_chunk}
+        if segment_ids is not None or positions is not None or mlp_chunk is not None:
+            raise ValueError("segment_ids, positions and mlp_chunk are for decoders; an encoder takes mask")
         return {"mask": mask, "token_types": token_types}
 
     def logits(self, params: Any, tokens: jax.Array, **options: Any) -> jax.Array:

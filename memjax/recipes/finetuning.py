@@ -81,8 +81,8 @@ def make_loss(
     attention = parse_attention(settings.attention)
 
     def nll(params: Any, batch: data_.Windows) -> tuple[jax.Array, jax.Array]:
-        options = {"segment_ids": batch.segment_ids, "remat": settings.remat, "attention": attention}
-        hidden = model.hidden(params, batch.inputs, **options)
+        options = {"segment_ids": batch.segment_ids, "attention": attention, "mlp_chunk": settings.mlp_chunk}
+        hidden = model.hidden(params, batch.inputs, remat=settings.remat, **options)
         return _nll(model, params, hidden, batch, settings.chunk), batch.weights.sum()
 
     def loss(theta: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,8 +112,8 @@ def _sum_parts(model: models.Model, settings: FinetuneSettings) -> optim.LossPar
 
 def _stages(model: models.Model, settings: FinetuneSettings) -> Callable[[data_.Windows], models.Stages]:
     """Returns how a batch goes through the layers of a decoder."""
-    attention = parse_attention(settings.attention)
-    return lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids, attention=attention)
+    options: dict[str, Any] = {"attention": parse_attention(settings.attention), "mlp_chunk": settings.mlp_chunk}
+    return lambda batch: model.stages(batch.inputs, segment_ids=batch.segment_ids, **options)
 
 
 def _nll(model: models.Model, params: Any, hidden: jax.Array, batch: data_.Windows, chunk: int) -> jax.Array:
@@ -292,7 +292,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         activations, rows = activations // mesh.size, rows // parallel.batch_parts(mesh)
     weights = adapter.attach(frozen, state.theta) if isinstance(adapter, TrainedWeights) else frozen
     by_blocks = settings.attention is not None or microbatch.segment_ids is not None
-    activations += working_bytes(config, weights, rows, settings.seq, settings.chunk, by_blocks)
+    sizes = (rows, settings.seq, settings.chunk, by_blocks, settings.mlp_chunk)
+    activations += working_bytes(config, weights, *sizes)
     by_xla = compiled_bytes(compiled)
     if mesh is not None:  # where arrays that the step does not use are no arguments of it, and are held all the same
         by_xla = by_xla._replace(argument=max(by_xla.argument, parallel.device_bytes((state, frozen, batch_at(0)))))

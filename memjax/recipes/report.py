@@ -92,7 +92,15 @@ def residual_bytes(loss: Callable[..., Any], theta: Any, *arguments: Any) -> int
     return nbytes([aval for aval in found.values() if getattr(aval, "memory_space", None) != on_host])
 
 
-def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk: int, by_blocks: bool = False) -> int:
+def working_bytes(
+    config: LlamaConfig,
+    params: Any,
+    batch: int,
+    seq: int,
+    chunk: int,
+    by_blocks: bool = False,
+    mlp_chunk: int | None = None,
+) -> int:
     """Returns what one layer's backward pass, or one chunk of the loss, holds beside residuals, whichever is
     more.
 
@@ -109,6 +117,7 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
       seq: tokens per sequence, S.
       chunk: as in `memjax.ops.linear_cross_entropy`.
       by_blocks: attention has a mask or packed documents, and goes by blocks.
+      mlp_chunk: as in `memjax.models.Llama`: gate, up and the like are of so many tokens.
     """
     dtype = params["norm"]["scale"].dtype
     item, tokens = dtype.itemsize, batch * seq
@@ -119,7 +128,8 @@ def working_bytes(config: LlamaConfig, params: Any, batch: int, seq: int, chunk:
     attention = 4 * config.head_dim * (config.num_heads + config.num_kv_heads)
     fused = jax.default_backend() == "gpu" and item == 2
     scores = 0 if fused or by_blocks else 2 * 4 * tokens * seq * config.num_heads
-    layer = max((shared + mlp) * tokens * item, (shared + attention) * tokens * item + scores)
+    in_mlp = shared * tokens + mlp * min(mlp_chunk or tokens, tokens)
+    layer = max(in_mlp * item, (shared + attention) * tokens * item + scores)
     logits = (4 + item) * min(chunk, tokens) * config.vocab_size
     return max(layer + item * max(in_layer, default=0), logits + item * sum(at_head))
 

@@ -61,6 +61,8 @@ class FinetuneSettings:
       attention: which past tokens a token sees, parts joined by commas: window=1024 (the last ones), sinks=4 (the first
         ones), chunked=2048 (those of its chunk); None: all. Documents are always kept apart.
       chunk: logits exist for so many tokens at a time.
+      mlp_chunk: MLPs exist for so many tokens at a time; None: for all. With remat none, 8bit, 4bit, 2bit and
+        offload-4bit their inputs alone are kept.
       held_out: fraction of the data, at its end, that is held out.
       eval_windows: sequences of held-out data that are evaluated.
       eval_every: also evaluate every so many steps; 0: only before and after.
@@ -103,6 +105,7 @@ class FinetuneSettings:
     remat: remat.Name = "full"
     attention: str | None = None
     chunk: int = 512
+    mlp_chunk: int | None = None
     held_out: float = 0.1
     eval_windows: int = 32
     eval_every: int = 25
@@ -141,6 +144,8 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
     if settings.accumulate < 1 or settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
+    if settings.mlp_chunk is not None and settings.mlp_chunk < 1:
+        raise ValueError(f"mlp_chunk={settings.mlp_chunk} must be at least 1")
     remat.parse(settings.remat)
     parse_attention(settings.attention)
     if settings.optimizer not in OPTIMIZERS:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from memjax.core.paths import path_name
+from memjax.core.rules import operation, register_rule
 from memjax.core.views import Axes, WeightView
 from memjax.weights.dense import casting, in_order, product
 
@@ -148,6 +150,22 @@ def drop(x: jax.Array, key: jax.Array, rate: float, batch_ndim: int) -> jax.Arra
     for _ in range(batch_ndim):
         one = jax.vmap(one)
     return one(x, key)
+
+
+fold_keys = operation("fold_keys")(lambda weight, number: weight)
+"""``(weight, number) -> weight``, whose words for dropout (leaves called ``key``, if any) differ between numbers."""
+
+
+def _fold_keys(lift: Any, weight: Any, number: jax.Array) -> Any:
+    words = jax.random.bits(jax.random.key(number), (2,), jnp.uint32)
+
+    def fold(keys: Any, leaf: jax.Array) -> jax.Array:
+        return leaf ^ words if f"/{path_name(keys)}".endswith("/key") else leaf
+
+    return replace(weight, view=jax.tree_util.tree_map_with_path(fold, weight.view))
+
+
+register_rule("fold_keys", _fold_keys)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "deltas"], meta_fields=[])

@@ -338,7 +338,8 @@ def _conv(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
 def _jit(eqn: JaxprEqn, values: list[Any], mode: _Mode) -> list[Any]:
     rule = rules.rule_for(eqn.params["name"])
     if rule is not None and mode.usage is None:
-        return jax.tree.leaves(rule(functools.partial(_lift, mode=mode), *values))
+        result = rule(functools.partial(_lift, mode=mode), *values)
+        return jax.tree.leaves(result, is_leaf=lambda leaf: isinstance(leaf, Arranged))
     transform = rules.transformation_for(eqn.params["name"])
     if transform is not None and mode.usage is None:
         primal = jaxpr_compat.primal_of(jaxpr_compat.body_of(eqn))

@@ -59,7 +59,7 @@ INT4, INT8 = {"base": codecs.int4(group=8), "rank": 4}, {"base": codecs.int8(gro
 WHOLE = {"adapter": "none", "lr": 3e-3}
 RUNS = {
     "fsdp=4": INT4 | {"remat": "none"},
-    "model=2": INT8 | {"attention": "window=6,sinks=2"},
+    "model=2": INT8 | {"attention": "window=6,sinks=2", "mlp_chunk": 48},
 }
 MORE = {
     "data=2": INT4,
@@ -102,6 +102,22 @@ def test_losses_are_those_of_one_device(tiny, mesh):
         assert on_one_device(state_here.opt_state) == pytest.approx(2 * on_one_device(state_here.theta), rel=0.05)
     elif "fsdp" in mesh:
         assert on_one_device(state_here.opt_state) < 0.6 * nbytes(state.opt_state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choices",
+    [
+        WHOLE | {"optimizer": "frugal", "update_gap": 2, "fused": True},
+        INT4 | {"mesh": "fsdp=4", "remat": "none"},
+    ],
+    ids=["fused", "fsdp"],
+)
+def test_mlps_in_chunks_train_as_whole_ones(tiny, choices):
+    whole, *_ = train(tiny, **choices)
+    parts, *_ = train(tiny, **choices, mlp_chunk=24)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    assert whole[-1] < whole[0]
 
 
 @pytest.mark.slow
