@@ -26,12 +26,11 @@ import jax.numpy as jnp
 import optax
 
 import memjax as mj
-from benchmarks import quality
+from benchmarks import harness, quality
 from benchmarks.quality import KERNELS
 from memjax import models
 from memjax.recipes import data
 from memjax.recipes.data import Windows
-from memjax.recipes.evaluate import make_evaluate
 
 SEEDS = (0, 1, 2)
 
@@ -94,12 +93,19 @@ class Task:
             return models.random_params(self.model.config, key, jnp.dtype("float32")), {}
         return self.adapter.init(key, self.model.params), self.model.params
 
-    def measure(self, remat: Any) -> dict[str, Any]:
-        """Trains with every seed and returns the row of a policy."""
+    def compile_programs(self, remat: Any) -> tuple[Any, Any]:
+        """Returns the training and the evaluation of a policy, which all seeds share."""
         rate = optax.warmup_cosine_decay_schedule(0.1 * self.lr, self.lr, max(1, self.steps // 10), self.steps)
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+        theta, frozen = jax.eval_shape(lambda: self.start(0))
+        batches = quality.abstract(self.train, self.steps, self.batch)
         train = jax.jit(functools.partial(quality.train, self.loss_fn(remat), tx))
-        evaluate = make_evaluate(self.loss_fn("none"))
+        evaluate = quality.compile_evaluate(self.loss_fn("none"), theta, frozen, self.held_out, 16)
+        return train.lower(theta, frozen, batches).compile(), evaluate
+
+    def measure(self, programs: tuple[Any, Any]) -> dict[str, Any]:
+        """Trains with every seed and returns the row of a policy."""
+        train, evaluate = programs
         after, trained = [], []
         for seed in SEEDS:
             theta, frozen = self.start(seed)
@@ -159,14 +165,17 @@ def language_model(options: argparse.Namespace) -> Task:
     return Task(model, None, train, quality.head(held_out, 0, 2 if small else 64), 2 if small else 16, steps, 2e-3)
 
 
-def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases_of(options: argparse.Namespace) -> dict[str, harness.Case]:
     """Returns the cases; those of a task share what the first of them loads."""
     tasks = {
-        "SmolLM2": functools.cache(lambda: smollm2(options)),
-        "LM": functools.cache(lambda: language_model(options)),
+        "SmolLM2": quality.once(lambda: smollm2(options)),
+        "LM": quality.once(lambda: language_model(options)),
     }
     return {
-        f"{name}, {policy}": lambda task=task, remat=remat: task().measure(remat)
+        f"{name}, {policy}": harness.Case(
+            lambda task=task, remat=remat: task().compile_programs(remat),
+            lambda programs, task=task: task().measure(programs),
+        )
         for name, task in tasks.items()
         for policy, remat in POLICIES.items()
     }

@@ -12,7 +12,7 @@ seeds, and losses that are reported are of the first half.
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -23,17 +23,17 @@ os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling ta
 import jax
 import jax.numpy as jnp
 
-from benchmarks import quality
+from benchmarks import harness, quality
 from memjax import models, optim
 from memjax.core.views import is_view, materialize
 from memjax.recipes import data
 from memjax.recipes.data import Windows
-from memjax.recipes.evaluate import make_evaluate
+from memjax.recipes.evaluate import Evaluation
 from memjax.recipes.finetuning import make_loss, make_parts
 from memjax.recipes.methods import Settings, make_adapter
 from memjax.recipes.optimizers import make_training
 from memjax.recipes.settings import FinetuneSettings, checked
-from memjax.recipes.train import init_state
+from memjax.recipes.train import Training, init_state, make_schedule
 
 SEEDS = (0, 1, 2)
 
@@ -82,63 +82,101 @@ def load_task(options: argparse.Namespace) -> Task:
     return Task(dense, train, *windows, options.steps or (4 if small else 50), 4)
 
 
-def measure(task: Task, method: Method) -> dict[str, Any]:
+class Programs(NamedTuple):
+    """What all rates and seeds of a method share.
+
+    Attributes:
+      start: seed -> (frozen, theta).
+      train: compiled ``(theta, frozen, batches, rate, seed) -> theta``; theta is donated.
+      evaluate: of `make_evaluate`.
+      sizes: fields of the row.
+    """
+
+    start: Callable[[int], tuple[Any, Any]]
+    train: Any
+    evaluate: Callable[..., Evaluation]
+    sizes: dict[str, int]
+
+
+def compile_programs(task: Task, method: Method) -> Programs:
+    """Returns the programs of a method."""
+    settings = checked(
+        FinetuneSettings(
+            model="smollm2",
+            lr=method.rates[0],
+            steps=task.steps,
+            batch=task.batch,
+            schedule="cosine",
+            warmup=min(5, task.steps - 1),
+            **method.settings,
+        )
+    )
+    assert settings.targets is not None and settings.lr is not None
+    chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
+    adapter = make_adapter(settings.adapter, task.model.params, chosen)
+    loss = make_loss(task.model, adapter, settings, dropout=False)
+    shape = make_schedule(1.0, settings.steps, schedule=settings.schedule, warmup=settings.warmup)
+
+    def training(rate: Any, seed: Any) -> Training:
+        seeded = dataclasses.replace(settings, seed=seed)
+        parts = make_parts(task.model, settings)
+        return make_training(seeded, loss, parts, task.model.config.num_layers, rate=lambda count: rate * shape(count))
+
+    def train(theta: Any, frozen: Any, batches: Windows, rate: Any, seed: Any) -> Any:
+        method = training(rate, seed)
+        state = init_state(theta, method)
+        return jax.lax.scan(lambda state, batch: method.step(state, frozen, batch), state, batches)[0].theta
+
+    def start(seed: int) -> tuple[Any, Any]:
+        return adapter.prepare(jax.random.key(seed), task.model.params)
+
+    frozen, theta = jax.eval_shape(lambda: start(0))
+    numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32)]
+    batches = quality.abstract(task.train, task.steps, task.batch)
+    compiled = jax.jit(train, donate_argnums=0).lower(theta, frozen, batches, *numbers).compile()
+    sizes = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(theta)),
+        "state_bytes": optim.state_bytes(jax.eval_shape(training(settings.lr, 0).init, theta)),
+    }
+    return Programs(start, compiled, quality.compile_evaluate(loss, theta, frozen, task.reported, 16), sizes)
+
+
+def measure(task: Task, method: Method, programs: Programs) -> dict[str, Any]:
     """Trains with every rate and seed and returns the row of a method."""
-    sizes: dict[str, int] = {}
-    compiled: dict[str, Any] = {}
 
     def trained(seed: int, rate: float) -> tuple[Callable[[Windows], float], float]:
-        settings = checked(
-            FinetuneSettings(
-                model="smollm2",
-                lr=rate,
-                seed=seed,
-                steps=task.steps,
-                batch=task.batch,
-                schedule="cosine",
-                warmup=min(5, task.steps - 1),
-                **method.settings,
-            )
-        )
-        assert settings.targets is not None and settings.lr is not None
-        chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
-        adapter = make_adapter(settings.adapter, task.model.params, chosen)
-        frozen, theta = adapter.prepare(jax.random.key(seed), task.model.params)
-        loss = make_loss(task.model, adapter, settings, dropout=False)
-        training = make_training(settings, loss, make_parts(task.model, settings), task.model.config.num_layers)
-
-        @functools.partial(jax.jit, donate_argnums=0)
-        def train(state: Any, frozen: Any, batches: Windows) -> Any:
-            return jax.lax.scan(lambda state, batch: training.step(state, frozen, batch), state, batches)[0]
-
-        state = init_state(jax.tree.map(jnp.copy, theta), training)
-        sizes["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(theta))
-        sizes["state_bytes"] = optim.state_bytes(state.opt_state)
-        batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
-        run = train.lower(state, frozen, batches).compile()
+        frozen, theta = programs.start(seed)
+        theta = jax.tree.map(jnp.copy, theta)
+        given = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps)), jnp.float32(rate), seed
+        jax.block_until_ready((theta, given))
         start = time.perf_counter()
-        state = jax.block_until_ready(run(state, frozen, batches))
+        theta = jax.block_until_ready(programs.train(theta, frozen, *given))
         seconds = time.perf_counter() - start
-        evaluate = compiled.setdefault("evaluate", make_evaluate(loss))  # is the same for all seeds and rates
-        return lambda windows: evaluate(state.theta, frozen, windows, 16).nll, seconds
+        return lambda windows: programs.evaluate(theta, frozen, windows, 16).nll, seconds
 
     found = quality.with_best_rate(trained, method.rates, SEEDS, task.chosen_on, task.reported, task.steps)
     return (
         found
-        | sizes
+        | programs.sizes
         | {
             "settings": method.settings,
             "layers": task.model.config.num_layers,
-            "state_bytes_per_parameter": sizes["state_bytes"] / sizes["parameters"],
+            "state_bytes_per_parameter": programs.sizes["state_bytes"] / programs.sizes["parameters"],
             "batch": [task.batch, int(task.train.inputs.shape[1])],
         }
     )
 
 
-def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases_of(options: argparse.Namespace) -> dict[str, harness.Case]:
     """Returns the cases, which share the model and the text."""
-    task = functools.cache(lambda: load_task(options))
-    return {name: lambda method=method: measure(task(), method) for name, method in METHODS.items()}
+    task = quality.once(lambda: load_task(options))
+    return {
+        name: harness.Case(
+            lambda method=method: compile_programs(task(), method),
+            lambda programs, method=method: measure(task(), method, programs),
+        )
+        for name, method in METHODS.items()
+    }
 
 
 if __name__ == "__main__":

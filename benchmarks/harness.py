@@ -23,12 +23,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft", "liger-kernel")
 GIB = 2**30
+COMPILING_THREADS = 8
 
 
 class Timing(NamedTuple):
@@ -253,14 +255,27 @@ def run_suite(
     return path
 
 
+class Case(NamedTuple):
+    """A case whose programs are compiled beside those of the others.
+
+    Attributes:
+      compile: gives what ``run`` takes; called in a thread.
+      run: gives the row.
+    """
+
+    compile: Callable[[], Any]
+    run: Callable[[Any], dict[str, Any]]
+
+
 def run_here(
-    suite: str, cases: Mapping[str, Callable[[], dict[str, Any]]], *, results: Path, limit_s: float, keep: bool
+    suite: str, cases: Mapping[str, Case | Callable[[], dict[str, Any]]], *, results: Path, limit_s: float, keep: bool
 ) -> Path:
     """Runs cases in this process, where they share what is loaded and compiled; for suites that measure no peaks.
 
     Args:
       suite: name of the file, which is written after each case.
-      cases: name -> function that runs the case and returns its row; an exception is a row with its error.
+      cases: name -> function that runs the case and returns its row, or a `Case`, of which all are compiled, side by
+        side, before the first runs; an exception in either is a row with its error.
       results, limit_s, keep: as for `run_suite`.
 
     Returns:
@@ -268,17 +283,21 @@ def run_here(
     """
     start = time.monotonic()
     path, record = open_results(suite, list(cases), describe_device(), results=results, keep=keep)
-    for case, run_case in cases.items():
+    pool = ThreadPoolExecutor(min(COMPILING_THREADS, os.cpu_count() or 1))
+    compiled = {name: pool.submit(case.compile) for name, case in cases.items() if isinstance(case, Case)}
+    wait(compiled.values(), timeout=None if math.isinf(limit_s) else limit_s)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for name, case in cases.items():
         spent = time.monotonic() - start
         if spent < limit_s:
             try:
-                row = run_case()
+                row = case.run(compiled[name].result()) if isinstance(case, Case) else case()
             except Exception as problem:
                 traceback.print_exc()
                 row = {"error": f"{type(problem).__name__}: {problem}"[:500]}
         else:
             row = {"error": f"not run: the run's {limit_s:.0f} s were spent"}
-        record(case, {"wall_s": time.monotonic() - start - spent} | row)
+        record(name, {"wall_s": time.monotonic() - start - spent} | row)
     return path
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from typing import Any, NamedTuple
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from benchmarks import quality
+from benchmarks import harness, quality
 from benchmarks.activation_quality import SEEDS, Task, language_model
 from memjax import optim
 from memjax.recipes.data import Windows
-from memjax.recipes.evaluate import make_evaluate
 
 GAP = 50  # steps between changes of a subspace: eight in the run
 
@@ -62,22 +61,30 @@ METHODS: dict[str, Method] = {
 }
 
 
-def measure(task: Task, method: Method, chosen_on: Windows) -> dict[str, Any]:
-    """Trains with every rate and seed and returns the row of a method."""
+def compile_programs(task: Task, method: Method) -> tuple[Any, Any]:
+    """Returns the training and the evaluation of a method, which all rates and seeds share."""
     loss = task.loss_fn("none")
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train(theta: Any, batches: Windows, lr: Any) -> Any:
         shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, task.steps // 10), task.steps, 0.1)
         tx = optax.chain(optax.clip_by_global_norm(1.0), method.make(lambda count: lr * shape(count)))
         return quality.train(loss, tx, theta, {}, batches)[0]
 
-    evaluate = make_evaluate(loss)
+    theta = jax.eval_shape(lambda: task.start(0)[0])
+    batches = quality.abstract(task.train, task.steps, task.batch)
+    lr = jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = jax.jit(train, donate_argnums=0).lower(theta, batches, lr).compile()
+    return compiled, quality.compile_evaluate(loss, theta, {}, task.held_out, 16)
+
+
+def measure(task: Task, method: Method, chosen_on: Windows, programs: tuple[Any, Any]) -> dict[str, Any]:
+    """Trains with every rate and seed and returns the row of a method."""
+    train, evaluate = programs
 
     def trained(seed: int, rate: float) -> tuple[Callable[[Windows], float], float]:
         batches = jax.device_put(quality.batches(task.train, task.batch, seed, task.steps))
         start = time.perf_counter()
-        theta = jax.block_until_ready(train(task.start(seed)[0], batches, rate))
+        theta = jax.block_until_ready(train(task.start(seed)[0], batches, jnp.float32(rate)))
         return lambda windows: evaluate(theta, {}, windows, 16).nll, time.perf_counter() - start
 
     found = quality.with_best_rate(trained, method.rates, SEEDS, chosen_on, task.held_out, task.steps)
@@ -93,17 +100,23 @@ def measure(task: Task, method: Method, chosen_on: Windows) -> dict[str, Any]:
     }
 
 
-def cases_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases_of(options: argparse.Namespace) -> dict[str, harness.Case]:
     """Returns the cases, which share the text."""
 
-    @functools.cache
+    @quality.once
     def task() -> tuple[Task, Windows]:
         made = language_model(options)
         half = len(made.held_out.inputs) // 2
         reported, chosen_on = quality.head(made.held_out, 0, half), quality.head(made.held_out, half, 2 * half)
         return dataclasses.replace(made, held_out=reported), chosen_on
 
-    return {name: lambda method=method: measure(task()[0], method, task()[1]) for name, method in METHODS.items()}
+    return {
+        name: harness.Case(
+            lambda method=method: compile_programs(task()[0], method),
+            lambda programs, method=method: measure(task()[0], method, task()[1], programs),
+        )
+        for name, method in METHODS.items()
+    }
 
 
 if __name__ == "__main__":

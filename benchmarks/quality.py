@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import math
 import statistics
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from benchmarks import harness
 from memjax import models
 from memjax.recipes import data
 from memjax.recipes.data import Windows
+from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.train import LossFn, Metrics, init_state, make_step
 
 KERNELS = "layers/**/kernel"
@@ -89,6 +92,29 @@ def train(loss: LossFn, tx: Any, theta: Any, frozen: Any, batches: Windows, seed
     return state.theta, metrics
 
 
+def once[T](load: Callable[[], T]) -> Callable[[], T]:
+    """Returns ``load`` as a function that loads at its first call, of whichever thread."""
+    lock, cached = threading.Lock(), functools.cache(load)
+
+    def loaded() -> T:
+        with lock:
+            return cached()
+
+    return loaded
+
+
+def abstract(windows: Windows, *shape: int) -> Windows:
+    """Returns what has the dtypes of ``windows`` and, before the axis of tokens, this shape."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype), windows)
+
+
+def compile_evaluate(
+    loss: LossFn, theta: Any, frozen: Any, windows: Windows, batch: int
+) -> Callable[[Any, Any, Windows, int], Evaluation]:
+    """Returns `make_evaluate` compiled for ``batch`` windows at a time; theta and frozen may be abstract."""
+    return make_evaluate(jax.jit(loss).lower(theta, frozen, abstract(windows, batch), jax.random.key(0)).compile())
+
+
 def with_best_rate(
     train: Callable[[int, float], tuple[Callable[[Windows], float], float]],
     rates: Sequence[float],
@@ -134,7 +160,7 @@ def with_best_rate(
 
 def main(
     suite: str,
-    cases_of: Callable[[argparse.Namespace], Mapping[str, Callable[[], dict[str, Any]]]],
+    cases_of: Callable[[argparse.Namespace], Mapping[str, harness.Case | Callable[[], dict[str, Any]]]],
     arguments: list[str] | None = None,
 ) -> Path:
     """The command line of a suite of losses, which runs in one process.
@@ -142,7 +168,7 @@ def main(
     Args:
       suite: name of the results file.
       cases_of: parsed options -> the cases that there are, as `harness.run_here` takes them; nothing is loaded before
-        the first of them runs.
+        the first of them is compiled or runs.
       arguments: of the command line; None takes the process's own.
 
     Returns:

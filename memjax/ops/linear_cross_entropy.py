@@ -24,6 +24,7 @@ Models" (2024), without its filter of small gradients.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -190,8 +191,16 @@ class _Options(NamedTuple):
     implementation: Implementation | None
 
 
-@functools.cache
+_registering = threading.Lock()
+
+
 def _operation(options: _Options) -> Callable[..., Any]:
+    with _registering:  # functions are traced in threads too, and a name has one rule
+        return _new_operation(options)
+
+
+@functools.cache
+def _new_operation(options: _Options) -> Callable[..., Any]:
     rule = functools.partial(_terms, options=options)
     name = f"linear_cross_entropy{tuple(options)}"
     register_rule(name, rule)

@@ -173,12 +173,16 @@ def packed_zeros(codec: Codec, projection: Projection, path: str) -> Packed:
     Raises:
       ValueError: groups that do not divide a basis, naming ``path``.
     """
+    batch, *one = projection.basis_shape
+    # XLA would fold the encoding of a known matrix for seconds.
+    matrix = jax.lax.optimization_barrier(jnp.zeros((1, *one), jnp.float32))
     try:
-        return codec.encode(jnp.zeros(projection.basis_shape, jnp.float32), axes=(-2, -1))
+        packed = codec.encode(matrix, axes=(-2, -1))
     except ValueError as error:
         raise ValueError(
             f"{path}: the codec does not fit its bases of shape {projection.basis_shape}: {error}"
         ) from None
+    return jax.tree.map(lambda part: jnp.broadcast_to(part, (batch, *part.shape[1:])), packed)
 
 
 def q_galore(

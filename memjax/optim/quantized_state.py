@@ -19,6 +19,7 @@ import optax
 
 from memjax.codecs.dynamic import dynamic, positive
 from memjax.codecs.packed import Codec, Packed
+from memjax.core.jaxpr_compat import Literal, trace
 from memjax.core.paths import Patterns, match, path_name
 from memjax.core.roles import check_trained
 from pallas_kernels._bits import pack
@@ -120,6 +121,14 @@ def decode(moment: Any, shape: tuple[int, ...]) -> jax.Array:
     return moment.decode().reshape(shape) if isinstance(moment, Packed) else moment
 
 
+def _constant(value: Any, leaf: Any, codec: Codec, form: StateFormat) -> Packed:
+    """Returns the code of a moment that is ``value`` everywhere: that of one block, whose bytes are all alike."""
+    block = jnp.full(form.block, value, jnp.float32)
+    block = encode(block, zeros(block, codec, form._replace(least=0)))
+    whole = jax.eval_shape(lambda: zeros(leaf, codec, form))
+    return jax.tree.map(lambda part, like: jnp.broadcast_to(part[0], like.shape), block, whole)
+
+
 def is_moment(x: Any) -> bool:
     """Returns whether ``x`` is an encoded moment (use as ``is_leaf=`` in `jax.tree` functions)."""
     return isinstance(x, Packed)
@@ -154,15 +163,37 @@ def quantize_state(
     def is_unsigned(path: str, leaf: Any) -> bool:
         return patterns(path, leaf) if callable(patterns) else any(match(pattern, path) for pattern in patterns)
 
-    def start(keys: Any, leaf: Any) -> Any:
-        if leaf.dtype != jnp.float32 or stored_shape(leaf.shape, form) is None:
-            return leaf
-        codec = form.unsigned if is_unsigned(path_name(keys), leaf) else form.signed
-        return encode(leaf, zeros(leaf, codec, form))
+    def is_coded(leaf: Any) -> bool:
+        return leaf.dtype == jnp.float32 and stored_shape(leaf.shape, form) is not None
 
     def init(params: Any) -> Any:
         check_trained(params, floats=False)
-        return jax.tree_util.tree_map_with_path(start, inner.init(params))
+        program, state = trace(inner.init, params)
+        filled = {
+            eqn.outvars[0]: eqn.invars[0].val
+            for eqn in program.eqns
+            if eqn.primitive.name == "broadcast_in_dim" and isinstance(eqn.invars[0], Literal)
+        }
+        places = jax.tree_util.tree_leaves_with_path(state)
+        # Zeros (and other constants) are never made in float32, only their codes are.
+        values = [
+            filled.get(out) if is_coded(leaf) and not isinstance(out, Literal) else None
+            for out, (_, leaf) in zip(program.outvars, places)
+        ]
+        made = jax.jit(
+            lambda params: [leaf for leaf, v in zip(jax.tree.leaves(inner.init(params)), values) if v is None]
+        )
+        rest = iter(made(params))
+
+        def start(keys: Any, leaf: Any, value: Any) -> Any:
+            codec = form.unsigned if is_unsigned(path_name(keys), leaf) else form.signed
+            if value is not None:
+                return _constant(value, leaf, codec, form)
+            leaf = next(rest)
+            return encode(leaf, zeros(leaf, codec, form)) if is_coded(leaf) else leaf
+
+        coded = [start(keys, leaf, value) for (keys, leaf), value in zip(places, values)]
+        return jax.tree.unflatten(jax.tree.structure(state), coded)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         shapes = jax.eval_shape(inner.init, updates if params is None else params)

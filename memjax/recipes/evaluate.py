@@ -25,13 +25,13 @@ class Evaluation(NamedTuple):
         return math.exp(min(self.nll, 700.0))
 
 
-def make_evaluate(loss_fn: LossFn) -> Callable[[Any, Any, Windows, int], Evaluation]:
+def make_evaluate(loss_fn: LossFn | jax.stages.Compiled) -> Callable[[Any, Any, Windows, int], Evaluation]:
     """Builds ``evaluate(theta, frozen, windows, batch) -> Evaluation``.
 
-    ``loss_fn`` is the one of `memjax.recipes.train.make_step`, without dropout. The last batch is filled up
-    with windows of weight zero, so one shape is compiled.
+    ``loss_fn`` is the one of `memjax.recipes.train.make_step`, without dropout, or it compiled for the batch. The last
+    batch is filled up with windows of weight zero, so one shape is compiled.
     """
-    compiled = jax.jit(loss_fn)
+    compiled = loss_fn if isinstance(loss_fn, jax.stages.Compiled) else jax.jit(loss_fn)
 
     def evaluate(theta: Any, frozen: Any, windows: Windows, batch: int) -> Evaluation:
         total, count = 0.0, 0.0

@@ -182,6 +182,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     frozen, start = _start(adapter, model.params, settings, out)
+    start = _own(start, frozen)  # a training step donates it
     mesh = None if settings.mesh is None else parallel.make_mesh(settings.mesh)
     if mesh is not None:
         if config.num_kv_heads % mesh.shape.get("model", 1):
@@ -196,14 +197,14 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     training = make_training(
         settings, loss, make_parts(model, settings), config.num_layers, follow and follow(settings.steps)
     )
-    theta = jax.tree.map(jnp.copy, start)  # a copy, because a training step donates its state
     if mesh is None:
-        state = init_state(theta, training)
+        state = init_state(start, training)
     else:
-        state, training = init_on_mesh(theta, training)
-    del theta
+        state, training = init_on_mesh(start, training)
     if settings.resume:
-        state = checkpoints.restore(state)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        del state  # so that there are not two of it
+        state = checkpoints.restore(like)
         if int(state.step) >= settings.steps:
             raise ValueError(
                 f"the run in {out} is finished: {settings.steps} steps are done; --steps with more of them trains on"
@@ -340,6 +341,18 @@ def _start(
     if adapter.anchored:
         adapter.save(out / "start", theta, frozen)
     return frozen, theta
+
+
+def _own(tree: Any, others: Any) -> Any:
+    """Returns ``tree`` with copies of those arrays that are also elsewhere in it or in ``others``, and no more."""
+    held = {id(leaf) for leaf in jax.tree.leaves(others)}
+
+    def own(leaf: Any) -> jax.Array:
+        shared = id(leaf) in held
+        held.add(id(leaf))
+        return jnp.copy(leaf) if shared else jnp.asarray(leaf)
+
+    return jax.tree.map(own, tree)
 
 
 def _prompt(settings: FinetuneSettings, model: models.Model, held_out: data_.Windows) -> list[int]:

@@ -96,6 +96,7 @@ def make_training(
     parts: optim.LossParts,
     layers: int,
     after: optax.GradientTransformation | None = None,
+    rate: optax.Schedule | None = None,
 ) -> Training:
     """Builds the training of a run.
 
@@ -105,13 +106,15 @@ def make_training(
       parts: the loss of a model whose weights are all trained, for steps that go through its layers.
       layers: of the model.
       after: follows the optimizer, for methods that change its updates.
+      rate: learning rate by the number of steps done; None takes that of the settings.
 
     Returns:
       `Training`; its step takes and gives a `TrainState`.
     """
     optimizer = OPTIMIZERS[settings.optimizer]
     assert settings.lr is not None  # of settings that are checked
-    rate = make_schedule(settings.lr, settings.steps, schedule=settings.schedule, warmup=settings.warmup)
+    if rate is None:
+        rate = make_schedule(settings.lr, settings.steps, schedule=settings.schedule, warmup=settings.warmup)
     given = {"density": settings.density, "update_gap": settings.update_gap, "seed": settings.seed}
     if settings.update_gap is None:
         most, changes = (50, layers) if optimizer.kind == "blocks" else (200, 5)

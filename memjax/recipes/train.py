@@ -103,13 +103,13 @@ def make_optimizer(
 
 
 def init_state(theta: Any, tx: optax.GradientTransformation | Training) -> TrainState:
-    """Returns the state before the first step.
+    """Returns the state before the first step; the optimizer's is made by one program, which holds nothing beside it.
 
     Raises:
       TypeError: ``theta`` holds a weight view, or an array that is not of floats.
     """
     check_trained(theta)
-    return TrainState(theta, tx.init(theta), jnp.zeros((), jnp.int32))
+    return TrainState(theta, jax.jit(tx.init)(theta), jnp.zeros((), jnp.int32))
 
 
 def init_on_mesh(theta: Any, training: Training) -> tuple[TrainState, Training]:

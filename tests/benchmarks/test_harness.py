@@ -1,6 +1,7 @@
 """The harness records what happened: numbers, failures and time-outs alike."""
 
 import json
+import math
 import sys
 import textwrap
 
@@ -173,3 +174,25 @@ def test_cases_of_one_process_are_recorded_one_by_one(tmp_path, monkeypatch):
     harness.run_here("fake", {"late": dict}, results=tmp_path, limit_s=0, keep=True)
     assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["good", "bad", "late"]
     assert json.loads(path.read_text())["rows"][2]["error"] == "not run: the run's 0 s were spent"
+
+
+def test_cases_are_compiled_before_the_first_runs_and_a_failure_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "describe_device", lambda: FACTS)
+    happened = []
+
+    def compiled(name):
+        happened.append(f"compile {name}")
+        if name == "b":
+            raise ValueError("does not compile")
+        return name.upper()
+
+    def run(program):
+        happened.append(f"run {program}")
+        return {"program": program}
+
+    cases = {name: harness.Case(lambda name=name: compiled(name), run) for name in "abc"} | {"d": lambda: {"plain": 1}}
+    path = harness.run_here("suite", cases, results=tmp_path, limit_s=math.inf, keep=False)
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    assert sorted(happened[:3]) == ["compile a", "compile b", "compile c"] and happened[3:] == ["run A", "run C"]
+    assert (rows["a"]["program"], rows["c"]["program"], rows["d"]["plain"]) == ("A", "C", 1)
+    assert rows["b"]["error"] == "ValueError: does not compile"

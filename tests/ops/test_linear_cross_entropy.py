@@ -3,6 +3,8 @@
 import functools
 import itertools
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
@@ -435,3 +437,18 @@ def test_kernels_and_xla_agree_on_a_device(settings):
             for name in names:
                 ours, theirs = (np.asarray(pair[1][name], np.float64) for pair in (got, want))
                 assert np.linalg.norm(ours - theirs) < 6e-3 * np.linalg.norm(theirs)
+
+
+def test_threads_that_trace_at_once_share_an_operation(monkeypatch):
+    module = sys.modules["memjax.ops.linear_cross_entropy"]
+    registered = []
+
+    def slow(name, rule):
+        time.sleep(0.05)
+        registered.append(name)
+
+    monkeypatch.setattr(module, "register_rule", slow)
+    options = module._Options(0, None, False, 977, "xla")  # of no other test
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(module._operation, [options] * 4))
+    assert len(registered) == len({id(f) for f in found}) == 1

@@ -189,6 +189,38 @@ def test_any_transform_with_moments_in_codes_is_ours():
         np.testing.assert_allclose(u[name], w[name], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("inner", [optax.scale_by_adam, optax.scale_by_rss], ids=["zeros", "tenths"])
+def test_a_start_is_the_code_of_the_inner_start(inner, bits):
+    params = tree(0)
+    form = stored.state_format(bits)
+
+    def coded(got, dense):
+        if not stored.is_moment(got):
+            return dense
+        return stored.encode(dense, stored.zeros(dense, got.codec, form))
+
+    found = stored.quantize_state(inner(), bits).init(params)
+    expected = jax.tree.map(coded, found, inner().init(params), is_leaf=stored.is_moment)
+    assert any(map(stored.is_moment, jax.tree.leaves(found, is_leaf=stored.is_moment)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_start_is_made_without_float32_moments():
+    p = jax.ShapeDtypeStruct((4, 256, 1024), jnp.float32)
+    program = jax.make_jaxpr(stored.quantize_state(optax.scale_by_adam()).init)({"kernel": p})
+    made = [out.aval for eqn in program.eqns for out in eqn.outvars]
+    assert max(out.size * out.dtype.itemsize for out in made) == p.size  # bytes of the codes
+
+
+def test_a_start_that_is_no_constant_is_coded_too():
+    inner = optax.GradientTransformation(lambda params: {"m": 2 * params["kernel"], "n": params["bias"]}, None)
+    params = {name: tree(0)[name] for name in ("kernel", "bias")}
+    found = stored.quantize_state(inner).init(params)
+    jax.tree.map(np.testing.assert_array_equal, found["m"], stored.encode(2 * params["kernel"], found["m"]))
+    np.testing.assert_array_equal(found["n"], params["bias"])
+
+
 def test_bfloat16_parameters_move_by_updates_too_small_to_round_to():
     params = {"kernel": jnp.ones((64, 256), jnp.bfloat16)}
     g = jax.tree.map(lambda p: jnp.full_like(p, 0.5), params)

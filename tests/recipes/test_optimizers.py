@@ -1,6 +1,7 @@
 """Optimizers by name: each trains a tiny model, contradictions are named, settings come from TOML."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from memjax import codecs, models, optim
-from memjax.recipes import cli, data
+from memjax.core import compiled_bytes, nbytes
+from memjax.recipes import cli, data, finetuning
 from memjax.recipes.checkpoint import read_metrics
 from memjax.recipes.finetuning import finetune, make_loss, make_parts
 from memjax.recipes.methods import Settings, make_adapter
@@ -45,6 +47,68 @@ def train(tiny, steps=12, **choices):
         check_finite(jax.device_get(metrics), i)
         losses.append(float(metrics.loss))
     return np.array(losses), state, settings
+
+
+WIDE = models.LlamaConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=64,
+    tie_embeddings=True,
+    max_positions=64,
+)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_making_a_state_takes_no_room_beside_it(name):
+    params = models.abstract(WIDE, jnp.bfloat16)
+    settings = checked(FinetuneSettings(model="wide", adapter="none", optimizer=name, lr=1e-3))
+    parts = make_parts(models.Model(WIDE), settings)
+    training = make_training(settings, lambda *args: None, parts, WIDE.num_layers)
+    made = jax.jit(lambda theta: init_state(theta, training).opt_state).lower(params).compile()
+    state = jax.eval_shape(training.init, params)
+    assert compiled_bytes(made).temp <= 0.02 * nbytes(state) + 2**12
+    assert compiled_bytes(made).output <= nbytes(state) + 2**12
+
+
+@pytest.mark.parametrize("name", ["frugal8bit", "adamw4bit", "badam"])
+def test_a_state_is_what_its_optimizer_starts_with(tiny, name):
+    settings = checked(FinetuneSettings(model="tiny", adapter="none", optimizer=name, lr=1e-3))
+    model, params = tiny[0], tiny[0].params
+    training = make_training(settings, lambda *args: None, make_parts(model, settings), model.config.num_layers)
+    made, expected = init_state(params, training).opt_state, training.init(params)
+    jax.tree.map(np.testing.assert_array_equal, made, expected)
+    assert nbytes(made) == nbytes(expected)
+
+
+def test_a_run_holds_the_weights_once(tiny_model, text_file, tmp_path, monkeypatch):
+    shape = models.load(tiny_model, dtype="float32").params["embed_tokens"]["embedding"].shape
+    gc.collect()
+    count = lambda: sum(x.shape == shape for x in jax.live_arrays())  # noqa: E731
+    before, found = count(), []
+
+    def counted(theta, training):
+        gc.collect()
+        found.append(count() - before)
+        raise InterruptedError
+
+    monkeypatch.setattr(finetuning, "init_state", counted)
+    settings = FinetuneSettings(
+        model=str(tiny_model), data=str(text_file), out=str(tmp_path / "run"), adapter="none", batch=4, seq=16, steps=2,
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        finetune(settings, QUIET)
+    assert found == [1]
+
+
+def test_only_arrays_that_are_held_elsewhere_are_copied():
+    a, b = jnp.ones(3), jnp.zeros(3)
+    own = finetuning._own([a, b, b], {"frozen": a})
+    assert own[0] is not a and own[1] is b and own[2] is not b
+    jax.tree.map(np.testing.assert_array_equal, own, [a, b, b])
 
 
 TRAIN = [name for name in OPTIMIZERS if name != "q_galore"]  # whose groups are larger than this model's matrices
