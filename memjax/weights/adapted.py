@@ -72,15 +72,15 @@ class LowRank(Delta):
             x = drop(x, self.key, self.dropout, n)
         a_axes = tuple(range(-1 - len(axes.inputs), -1))
         b_axes = tuple(range(-len(axes.outputs), 0))
+        b = self.b * jnp.asarray(self.scale, self.b.dtype)  # no array of tokens is scaled, forward or backward
         if transpose:
-            first, second, into, then = self.b, self.a, b_axes, (-1,)
+            first, second, into, then = b, self.a, b_axes, (-1,)
         else:
-            first, second, into, then = self.a, self.b, a_axes, (-1 - len(axes.outputs),)
+            first, second, into, then = self.a, b, a_axes, (-1 - len(axes.outputs),)
         first_product = functools.partial(product, contract=into, batch_ndim=n, precision=settings.get("precision"))
         then_product = functools.partial(product, contract=then, batch_ndim=n, **settings)
         h = casting(first_product, x, first, (dtype,), barrier=False)
-        y = casting(then_product, h, second, (dtype,), barrier=False)
-        return y * jnp.asarray(self.scale, y.dtype)  # scaling h instead makes XLA keep two more buffers of y's size
+        return casting(then_product, h, second, (dtype,), barrier=False)
 
     def take(self, indices: jax.Array, axes: Axes, *, axis: int, dtype: Any) -> jax.Array:
         if (axis,) == axes.inputs:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import subjaxprs
 
 from memjax import adapters, codecs, weights
 from memjax.core.paths import map_with_path
@@ -419,3 +420,22 @@ def test_a_failed_save_keeps_the_previous_adapter(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         adapter.save(tmp_path, jax.tree.map(lambda x: x + 1, theta))
     np.testing.assert_array_equal(adapters.load(tmp_path, params())[2]["head/kernel"]["a"], theta["head/kernel"]["a"])
+
+
+def test_no_array_of_tokens_is_scaled():
+    frozen, x = {"kernel": array(0, 16, 24)}, array(1, 32, 16)
+    adapter = adapters.lora(rank=2, alpha=6.0, targets="kernel")
+    theta = adapter.init(jax.random.key(0), frozen)
+    apply = lift(lambda params, x: x @ params["kernel"])
+
+    def gradients(theta, x, dy):
+        return jax.vjp(lambda theta, x: apply(adapter.attach(frozen, theta), x), theta, x)[1](dy)
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (eqn.outvars[0].aval.shape for _ in range(eqn.primitive.name == "mul"))
+        for inner in subjaxprs(jaxpr):
+            yield from products(inner)
+
+    found = list(products(jax.make_jaxpr(gradients)(theta, x, array(2, 32, 24)).jaxpr))
+    assert found and not [shape for shape in found if 32 in shape]
