@@ -597,11 +597,11 @@ NOTES = {
     "flash_attention": """
 The backward pass is two kernels, for queries and for keys and values, so that every sum has one order: seven products
 where one kernel with atomic sums has five. At 600 TFLOP/s seven products of the blocks that a window of 1024 visits
-take 0.87 ms, which is what the kernels take; less than 0.9 of cuDNN's time is out of their reach. Documents of 1024 tokens
-have lists of 1 to 9 blocks, of which up to two are partial, and every list has its own beginning and end (queries in,
-results out), which long lists hide: what is visited costs 1.5 of its share forward and 1.7 with backward. That is
-inferred from times of lists of many lengths; no profile was taken. Where ``memjax, lists made in the call`` has no row,
-the lists of ``memjax`` were made in the call.
+take 0.87 ms, which is what the kernels take; less than 0.9 of cuDNN's time is out of their reach. Documents of 1024
+tokens have lists of 1 to 9 blocks, of which up to two are partial, and every list has its own beginning and end
+(queries in, results out), which long lists hide: what is visited costs 1.5 of its share forward and 1.7 with backward.
+That is inferred from times of lists of many lengths; no profile was taken. Where ``memjax, lists made in the call`` has
+no row, the lists of ``memjax`` were made in the call.
 """,
     "packed_matmul": """
 At 64 rows the products take 10.7 us of the tensor cores at 700 TFLOP/s beside 11.7 us of bytes, and the decoding of
