@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from memjax.core.paths import path_name
 from memjax.core.rules import operation, register_rule
 from memjax.core.views import Axes, WeightView
-from memjax.weights.dense import casting, in_order, product
+from memjax.weights.dense import Product, casting, in_order, product
 
 
 class Delta(abc.ABC):
@@ -72,15 +72,21 @@ class LowRank(Delta):
             x = drop(x, self.key, self.dropout, n)
         a_axes = tuple(range(-1 - len(axes.inputs), -1))
         b_axes = tuple(range(-len(axes.outputs), 0))
-        b = self.b * jnp.asarray(self.scale, self.b.dtype)  # no array of tokens is scaled, forward or backward
+        first = functools.partial(product, batch_ndim=n, precision=settings.get("precision"))
+        then = functools.partial(product, batch_ndim=n, **settings)
         if transpose:
-            first, second, into, then = b, self.a, b_axes, (-1,)
-        else:
-            first, second, into, then = self.a, b, a_axes, (-1 - len(axes.outputs),)
-        first_product = functools.partial(product, contract=into, batch_ndim=n, precision=settings.get("precision"))
-        then_product = functools.partial(product, contract=then, batch_ndim=n, **settings)
-        h = casting(first_product, x, first, (dtype,), barrier=False)
-        return casting(then_product, h, second, (dtype,), barrier=False)
+            h = self._by_b(functools.partial(first, contract=b_axes), x, dtype)
+            return casting(functools.partial(then, contract=(-1,)), h, self.a, (dtype,), barrier=False)
+        h = casting(functools.partial(first, contract=a_axes), x, self.a, (dtype,), barrier=False)
+        return self._by_b(functools.partial(then, contract=(-1 - len(axes.outputs),)), h, dtype)
+
+    def _by_b(self, fn: Product, x: jax.Array, dtype: Any) -> jax.Array:
+        """Returns ``fn(x, scale * b)``, of which reverse mode keeps b: no array of tokens is scaled, either way."""
+
+        def scaled(x: jax.Array, b: jax.Array) -> jax.Array:
+            return fn(x, b.astype(dtype) * jnp.asarray(self.scale, dtype))
+
+        return jax.checkpoint(scaled, prevent_cse=False)(x, self.b)
 
     def take(self, indices: jax.Array, axes: Axes, *, axis: int, dtype: Any) -> jax.Array:
         if (axis,) == axes.inputs:

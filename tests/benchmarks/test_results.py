@@ -136,6 +136,7 @@ def test_costs_are_of_cases_and_settings_that_there_are():
     for suite, *named in results.COSTS.values():
         assert {case for case in named if case is not None} <= cases[suite]
     exact = {("remat", "none"), ("remat", "full"), ("adapter", "none"), ("clip", None), ("fused", True), ("rank", None)}
+    exact |= {("mlp_chunk", 4096)}
     for rung in ladder.RUNGS.values():
         if rung.shape.model != "tiny":
             assert set(rung.settings.items()) <= {*results.COSTS, *exact}

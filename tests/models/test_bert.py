@@ -54,7 +54,7 @@ def test_bad_calls_say_what_is_wrong():
         model.hidden(model.params, jnp.zeros((1, 70), jnp.int32))
     with pytest.raises(ValueError, match=r"mask must have the shape of tokens \(1, 4\), got \(4,\)"):
         model.hidden(model.params, tokens, mask=jnp.ones(4))
-    with pytest.raises(ValueError, match="segment_ids and positions are for decoders"):
+    with pytest.raises(ValueError, match="segment_ids, positions and mlp_chunk are for decoders"):
         model.hidden(model.params, tokens, segment_ids=tokens)
     with pytest.raises(ValueError, match="is an encoder and has no logits"):
         model.logits(model.params, tokens)
