@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memjax.core.paths import Patterns, map_with_path, path_name
+from memjax.core.paths import Patterns, map_with_path
 from memjax.core.views import Axes, WeightView, is_view
 from memjax.optim import LossParts
 from memjax.parallel.mesh import axis_size, batch_axes, batch_parts
 from memjax.parallel.splits import COLUMNS, ROWS, chosen, specs
 from memjax.weights import Dense
+from memjax.weights.adapted import other_words
 from memjax.weights.arranged import UnsupportedError
 from memjax.weights.lift import lift
 
@@ -75,12 +76,6 @@ def on_mesh(
     names, count, by_model = batch_axes(mesh), batch_parts(mesh), axis_size(mesh, "model") > 1
     again = _again if axis_size(mesh, "fsdp") > 1 else _once
 
-    def own(keys: Any, leaf: jax.Array) -> jax.Array:
-        """Returns a leaf as this device uses it: words for dropout differ among the parts of the batch."""
-        if not names or leaf.dtype != jnp.uint32 or not f"/{path_name(keys)}".endswith("/key"):
-            return leaf
-        return leaf ^ jax.random.bits(jax.random.key(lax.axis_index(names)), (2,), jnp.uint32)
-
     def summing(layer: Any) -> Any:
         """Returns a layer whose rows are multiplied by as the whole weights would be."""
 
@@ -109,7 +104,8 @@ def on_mesh(
             return {**_gather(params, outer_specs, 0), layers: stack}
 
         def local(params: Any, batch: Any) -> Any:
-            params = jax.tree_util.tree_map_with_path(own, params)
+            if names:  # parts of the batch drop different elements
+                params = other_words(params, lax.axis_index(names))
             around = outer(params)
             x = again(lambda params: lift(parts.embed)(whole(params), batch))(around)
 

@@ -158,17 +158,23 @@ def drop(x: jax.Array, key: jax.Array, rate: float, batch_ndim: int) -> jax.Arra
     return one(x, key)
 
 
-fold_keys = operation("fold_keys")(lambda weight, number: weight)
-"""``(weight, number) -> weight``, whose words for dropout (leaves called ``key``, if any) differ between numbers."""
-
-
-def _fold_keys(lift: Any, weight: Any, number: jax.Array) -> Any:
+def other_words(tree: Any, number: jax.Array) -> Any:
+    """Returns ``tree``, whose words for dropout (uint32 leaves called ``key``, if any) differ between numbers."""
     words = jax.random.bits(jax.random.key(number), (2,), jnp.uint32)
 
     def fold(keys: Any, leaf: jax.Array) -> jax.Array:
-        return leaf ^ words if f"/{path_name(keys)}".endswith("/key") else leaf
+        is_words = leaf.dtype == jnp.uint32 and f"/{path_name(keys)}".endswith("/key")
+        return leaf ^ words if is_words else leaf
 
-    return replace(weight, view=jax.tree_util.tree_map_with_path(fold, weight.view))
+    return jax.tree_util.tree_map_with_path(fold, tree)
+
+
+fold_keys = operation("fold_keys")(lambda weight, number: weight)
+"""``(weight, number) -> weight``, with `other_words` under `memjax.lift`."""
+
+
+def _fold_keys(lift: Any, weight: Any, number: jax.Array) -> Any:
+    return replace(weight, view=other_words(weight.view, number))
 
 
 register_rule("fold_keys", _fold_keys)

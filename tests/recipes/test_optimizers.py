@@ -87,7 +87,10 @@ def test_a_state_is_what_its_optimizer_starts_with(tiny, name):
 def test_a_run_holds_the_weights_once(tiny_model, text_file, tmp_path, monkeypatch):
     shape = models.load(tiny_model, dtype="float32").params["embed_tokens"]["embedding"].shape
     gc.collect()
-    count = lambda: sum(x.shape == shape for x in jax.live_arrays())  # noqa: E731
+
+    def count():
+        return sum(x.shape == shape for x in jax.live_arrays())
+
     before, found = count(), []
 
     def counted(theta, training):
