@@ -173,6 +173,11 @@ def is_call(eqn: JaxprEqn) -> bool:
     )
 
 
+def is_recomputation(eqn: JaxprEqn) -> bool:
+    """Returns whether an equation is what `jax.checkpoint` does backward, and nothing keeps it apart from the rest."""
+    return eqn.primitive.name in ("checkpoint", "remat2") and not eqn.params["prevent_cse"]
+
+
 def needed(
     eqns: Sequence[JaxprEqn], known: Iterable[Any], wanted: Iterable[Any], effects: bool = False
 ) -> tuple[list[JaxprEqn], set[Any]]:

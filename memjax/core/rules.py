@@ -67,10 +67,15 @@ def _named(name: str, settings: Any, fn: Callable[..., Any]) -> Callable[..., An
 
 def rule_for(jit_name: str) -> Callable[..., Any] | None:
     """Returns the rule of the operation that a nested jit of this name is, if there is one."""
-    if not jit_name.startswith(_OPERATION_PREFIX):
-        return None
-    rule, settings = _rules.get(jit_name.removeprefix(_OPERATION_PREFIX)), getattr(jit_name, "settings", None)
+    name, settings = operation_of(jit_name)
+    rule = _rules.get(name)
     return rule if rule is None or settings is None else functools.partial(rule, settings=settings)
+
+
+def operation_of(jit_name: str) -> tuple[str, Any]:
+    """Returns the name and the settings of the operation that a nested jit of this name is; else "" and None."""
+    own = jit_name.startswith(_OPERATION_PREFIX)
+    return (jit_name.removeprefix(_OPERATION_PREFIX), getattr(jit_name, "settings", None)) if own else ("", None)
 
 
 def register_transformation(name: str, apply: Callable[..., Callable[..., Any]]) -> None:

@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from memjax.codecs import Codec
+from memjax.codecs import Codec, Packed
 from memjax.codecs.fused import varying_like
+from memjax.core.packing import CodesRule, codes_rules
+from memjax.core.rules import operation
 from memjax.ops.once import once
 from memjax.ops.packing import group_of, kernel_form
 from memjax.ops.wide import wide
@@ -61,9 +64,27 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@functools.cache
+def _product(activation: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def product(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return (_ACTIVATIONS[activation](wide(gate)) * wide(up)).astype(gate.dtype)
+
+    return operation("glu", activation)(product)
+
+
+@functools.cache
+def _gradients(activation: str) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    def gradients(gate: jax.Array, up: jax.Array, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, slope = jax.jvp(_ACTIVATIONS[activation], (wide(gate),), (jnp.ones_like(wide(gate)),))
+        d_out = wide(d_out)
+        return (d_out * wide(up) * slope).astype(gate.dtype), (d_out * value).astype(up.dtype)
+
+    return operation("glu_gradients", activation)(gradients)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _gated(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) -> jax.Array:
-    return (_ACTIVATIONS[activation](wide(gate)) * wide(up)).astype(gate.dtype)
+    return _product(activation)(gate, up)
 
 
 def _forward(gate: jax.Array, up: jax.Array, activation: str, residual: Residual) -> tuple[jax.Array, Any]:
@@ -83,9 +104,37 @@ def _backward(activation: str, residual: Residual, kept: Any, d_out: jax.Array) 
         slopes = kernels.swiglu_backward(d_out, *kept, bits=residual.bits, group=group_of(residual, d_out))
         return varying_like((kept, d_out), slopes)
     gate, up = kept if residual == "input" else (kept[0].decode(), kept[1].decode())
-    value, slope = jax.jvp(_ACTIVATIONS[activation], (wide(gate),), (jnp.ones_like(wide(gate)),))
-    d_out = wide(d_out)
-    return (d_out * wide(up) * slope).astype(gate.dtype), (d_out * value).astype(up.dtype)
+    return _gradients(activation)(gate, up, d_out)
 
 
 _gated.defvjp(_forward, _backward)
+
+
+def _make(arguments: Any, codecs: Any, activation: str) -> Any:
+    if activation != "silu" or None in codecs or codecs[0] != codecs[1]:
+        return None
+    form = kernel_form(codecs[0], arguments[0], kernels.unsupported)
+    if form is None:
+        return None
+    out, *made = varying_like(arguments, kernels.swiglu_packed(*map(once, arguments), **form._asdict()))
+    dtype = np.dtype(arguments[0].dtype)
+    return out, [Packed((part.codes,), part.scale, part.offset, codecs[0], (-1,), dtype) for part in made]
+
+
+def _read(arguments: Any, activation: str) -> Any:
+    gate, up, *d_out = arguments
+    if activation != "silu" or not (isinstance(gate, Packed) and isinstance(up, Packed)) or gate.codec != up.codec:
+        return None
+    like = jax.ShapeDtypeStruct(gate.shape, gate.dtype)
+    form = kernel_form(gate.codec, like, kernels.unsupported) if gate.axes == up.axes == (-1,) else None
+    if form is None:
+        return None
+    parts: Any = gate, up
+    made = [Codes(part.planes[0], part.scale, part.offset) for part in parts]
+    settings: dict[str, Any] = {"bits": form.bits, "group": form.group}
+    run = kernels.swiglu_backward if d_out else functools.partial(kernels.swiglu_of_codes, dtype=gate.dtype)
+    return varying_like(arguments, run(*d_out, *made, **settings))
+
+
+codes_rules["glu"] = CodesRule(_make, _read)
+codes_rules["glu_gradients"] = CodesRule(read=_read)

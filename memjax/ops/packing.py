@@ -12,6 +12,7 @@ from memjax.codecs import Codec, fused
 from pallas_kernels._bits import pack, unpack
 from pallas_kernels.codec import Form
 
+_Array = jax.Array | jax.ShapeDtypeStruct
 BLOCK = 128
 """Elements that share bytes; shards of the last axis that are multiples of it stay apart."""
 
@@ -30,12 +31,14 @@ def unpack_codes(planes: tuple[jax.Array, ...], bits: int, size: int) -> jax.Arr
     return unpack(planes, bits, -1, math.gcd(padded, BLOCK))[..., :size]
 
 
-def group_of(codec: Codec, x: jax.Array) -> int:
+def group_of(codec: Codec, x: _Array) -> int:
     """Returns how many elements of the last axis of ``x`` share a scale."""
     return x.shape[-1] if codec.group == "channel" else int(codec.group)
 
 
-def kernel_form(codec: Codec, x: jax.Array, unsupported: Callable[..., str | None]) -> Form | None:
+def kernel_form(
+    codec: Codec, x: jax.Array | jax.ShapeDtypeStruct, unsupported: Callable[..., str | None]
+) -> Form | None:
     """Returns what the kernels call ``codec``, or None where one that makes codes of ``x`` does not run.
 
     Args:

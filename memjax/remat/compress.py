@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +27,12 @@ from memjax.core.paths import match, path_name
 from memjax.core.random_bits import seed_words
 from memjax.core.rules import register_transformation, transformation
 from memjax.core.views import is_view
+from memjax.remat import on_codes
 from memjax.remat.policy import ResidualPolicy
 from memjax.remat.residuals import Level, Linearized, Origins, Residual, Role, evaluate_levels, linearize
 
 Seed = int | Callable[..., Any]
+_NONE: Mapping[Any, Packed] = {}
 _compressed: weakref.WeakKeyDictionary[Callable[..., Any], Any] = weakref.WeakKeyDictionary()
 
 
@@ -448,9 +450,14 @@ def _forward(
     jaxpr, number = plan.linearized.jaxpr, plan.choose(perturbed)
     choice = plan.choices[number]
     env = dict(zip(jaxpr.constvars, jaxpr_compat.consts_of(jaxpr))) | dict(zip(jaxpr.invars, values))
-    jaxpr_compat.run(plan.forward, env)
+    nearest = settings.policy.rounding == "nearest"
+    codecs = {v: how for (v, how), use in zip(plan.stored, choice.stored) if use and nearest and isinstance(how, Codec)}
+    made = on_codes.run_and_encode(plan.forward, env, codecs)
     outputs = [jaxpr_compat.read(env, atom) for atom in jaxpr.outvars[: plan.linearized.n_outputs]]
-    stored = [_store(how, env[v], _key(settings, seeds, i, env[v])) for i, (v, how) in enumerate(plan.stored)]
+    stored = [
+        made[v] if v in made else _store(how, env[v], _key(settings, seeds, i, env[v]))
+        for i, (v, how) in enumerate(plan.stored)
+    ]
     stored = [x if use else _cut(x) for x, use in zip(stored, choice.stored)]
     # Without the barrier the originals may stay alive until backward, to be encoded there.
     forwarded = [any(output is value for value in values) for output in outputs]
@@ -485,27 +492,35 @@ def _backward(saved: Saved, cotangents: list[Any], prevent_cse: bool) -> list[An
         read = [v for v in inputs if _is_numeric(env.get(v))]
         again, cotangents = lax.optimization_barrier(([env[v] for v in read], cotangents))
         env.update(zip(read, again))
+    codes: dict[Any, Packed] = {}
     for (v, how), x, off, use in zip(plan.stored, saved.stored, plan.offloaded, choice.stored):
         if use:
-            env[v] = _restore(how, _move(x, jax.memory.Space.Device) if off else x)
-    return gradients(plan, choice, env, cotangents)
+            x = _move(x, jax.memory.Space.Device) if off else x
+            env[v] = _restore(how, x)
+            if isinstance(x, Packed):
+                codes[v] = x
+    return gradients(plan, choice, env, cotangents, codes)
 
 
-def gradients(plan: Plan, choice: Choice, env: dict[Any, Any], cotangents: Sequence[Any]) -> list[Any]:
+def gradients(
+    plan: Plan, choice: Choice, env: dict[Any, Any], cotangents: Sequence[Any], codes: Mapping[Any, Packed] = _NONE
+) -> list[Any]:
     """Returns the gradient of every argument, None for those that were not chosen.
 
     Args:
       env: the arguments and what is stored, as far as the choice needs them, by variable of the function.
       cotangents: of the floating-point outputs.
+      codes: of which variables in ``env`` there are codes.
     """
-    jaxpr_compat.run(choice.backward, env)
+    on_codes.run(choice.backward, env, codes)
     transpose = plan.linearized.transpose
     inner = dict(zip(transpose.constvars, jaxpr_compat.consts_of(transpose)))
     for v, atom in zip(transpose.invars, plan.linearized.leaves):
         if isinstance(atom, Literal) or atom in env:
             inner[v] = jaxpr_compat.read(env, atom)
     inner.update(zip(transpose.invars[len(plan.linearized.leaves) :], cotangents))
-    jaxpr_compat.run(choice.transpose, inner)
+    pairs = zip(transpose.invars, plan.linearized.leaves)
+    on_codes.run(choice.transpose, inner, {v: codes[a] for v, a in pairs if not isinstance(a, Literal) and a in codes})
     found = iter(transpose.outvars)
     grads = []
     for v, chosen in zip(plan.linearized.jaxpr.invars, choice.arguments):

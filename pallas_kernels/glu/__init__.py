@@ -1,5 +1,5 @@
-"""SwiGLU that makes the codes of its two inputs as it reads them, and its backward pass, which reads codes."""
+"""SwiGLU that makes the codes of its two inputs as it reads them, and both passes from codes."""
 
-from pallas_kernels.glu.api import swiglu_backward, swiglu_packed, unsupported
+from pallas_kernels.glu.api import swiglu_backward, swiglu_of_codes, swiglu_packed, unsupported
 
-__all__ = ["swiglu_backward", "swiglu_packed", "unsupported"]
+__all__ = ["swiglu_backward", "swiglu_of_codes", "swiglu_packed", "unsupported"]

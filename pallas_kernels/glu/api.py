@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -55,6 +58,39 @@ def swiglu_packed(
     assert config is not None
     made = kernel.forward(gate.reshape(-1), up.reshape(-1), form=form, config=config, interpret=interpret)
     return jax.tree.map(lambda part: part.reshape(*gate.shape[:-1], part.size * gate.shape[-1] // gate.size), made)
+
+
+def swiglu_of_codes(
+    gate: Codes,
+    up: Codes,
+    *,
+    bits: int,
+    group: int,
+    dtype: Any = jnp.bfloat16,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns ``silu(gate) * up``, ``[..., F]`` in ``dtype``, at the values of codes.
+
+    Args:
+      gate: codes that `swiglu_packed` made of ``[..., F]``.
+      up: the same.
+      bits, group, implementation, interpret: as in `swiglu_packed`.
+      dtype: of the result.
+
+    Raises:
+      ValueError: codes that are not alike, or ``"mosaic_gpu"`` where it cannot run.
+    """
+    form = integer_form(bits, group, gate.offset is None)
+    if gate.codes.shape != up.codes.shape or (gate.offset is None) != (up.offset is None):
+        raise ValueError(f"expected codes alike, got {gate.codes.shape} and {up.codes.shape}")
+    shape = (*gate.codes.shape[:-1], gate.codes.shape[-1] * 8 // bits)
+    if not runs_kernel("swiglu", unsupported(form, shape, dtype), implementation):
+        return reference.of_codes(gate, up, form, dtype)
+    size = math.prod(shape)
+    config = heuristic(size, form, jnp.dtype(dtype).itemsize)
+    assert config is not None
+    return kernel.of_codes(gate, up, size=size, form=form, config=config, interpret=interpret).reshape(shape)
 
 
 def swiglu_backward(

@@ -47,6 +47,24 @@ def forward_block(form: Form, config: Config, thread: Any, *memrefs: Any) -> Non
             words.write_codes(thread, form, where, pointers, i * THREADS, made, found)
 
 
+def of_codes_block(form: Form, config: Config, thread: Any, *memrefs: Any) -> None:
+    """The program of a thread: its part of a block of the product of decoded inputs."""
+    *packed, out = memrefs
+    half = len(packed) // 2
+    where = words.place(thread, form, thread.index)
+    sources = [words.code_pointers(thread, where, packed[:half]), words.code_pointers(thread, where, packed[half:])]
+    target = thread.pointer(out, thread.mul(where.element, 2))
+    units = range(config.units)
+    read = [[words.read_codes(thread, form, pointers, i * THREADS) for pointers in sources] for i in units]
+    for i, codes in enumerate(read):
+        gates, ups = (words.decode_unit(thread, form, *part) for part in codes)
+        product = [
+            [thread.ptx("mul.f32", thread.ptx("mul.f32", a, _sigmoid(thread, a)), b) for a, b in zip(*spans)]
+            for spans in zip(gates, ups)
+        ]
+        words.write_unit(thread, form, DTYPE, target, i * THREADS * form.unit, product)
+
+
 def backward_block(form: Form, config: Config, thread: Any, *memrefs: Any) -> None:
     """The program of a thread: its part of a block of both gradients."""
     count = len(memrefs[1:-2]) // 2
@@ -126,6 +144,30 @@ def forward(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(gate.reshape(blocks, count), up.reshape(blocks, count))
     return out.reshape(-1), *_flat(parts, form)
+
+
+def of_codes(gate: Codes, up: Codes, *, size: int, form: Form, config: Config, interpret: bool = False) -> jax.Array:
+    """Returns the product of what codes stand for, bfloat16 ``[size]``; codes and the rest as in `forward`."""
+    count = block_elements(form, config)
+    blocks = size // count
+
+    def body(*refs: Any) -> None:
+        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
+        if interpret:
+            parts = [tile[...] for tile in tiles[:-1]]
+            half = len(parts) // 2
+            tiles[-1][...] = reference.of_codes(Codes(*parts[:half]), Codes(*parts[half:]), form, jnp.dtype(DTYPE))
+        else:
+            _mgpu.each_thread(functools.partial(of_codes_block, form, config), tiles)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((blocks, count), jnp.dtype(DTYPE)),
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=_mgpu.explicit_layouts(),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*(part.reshape(blocks, -1) for part in jax.tree.leaves((gate, up)))).reshape(-1)
 
 
 def backward(

@@ -15,6 +15,12 @@ def forward(gate: jax.Array, up: jax.Array, form: Form) -> tuple[jax.Array, Code
     return product.astype(gate.dtype), reference.encode(gate, None, form), reference.encode(up, None, form)
 
 
+def of_codes(gate: Codes, up: Codes, form: Form, dtype: jnp.dtype) -> jax.Array:
+    """Returns ``silu(gate) * up`` in ``dtype`` at the values that the codes stand for."""
+    a, b = (reference.decode(part, form, jnp.float32) for part in (gate, up))
+    return (jax.nn.silu(a) * b).astype(dtype)
+
+
 def backward(dh: jax.Array, gate: Codes, up: Codes, form: Form) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of gate and up at the values that the codes stand for."""
     a, b = (reference.decode(part, form, jnp.float32) for part in (gate, up))

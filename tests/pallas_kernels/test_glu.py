@@ -17,6 +17,7 @@ from tests.pallas_kernels.warpgroup import Warpgroup
 FORMS = [Form(4, 128), Form(8, 64, True)]
 forward_arrays = jax.jit(reference.forward, static_argnums=2)
 backward_arrays = jax.jit(reference.backward, static_argnums=3)
+decoded_product = jax.jit(reference.of_codes, static_argnums=(2, 3))
 
 
 def operands(rows, size):
@@ -43,6 +44,9 @@ def test_a_threads_program_is_the_reference(form):
     kernel.backward_block(form, config, Warpgroup(), dh, *packed, d_gate, d_up)
     for a, b in zip((d_gate, d_up), backward_arrays(dh, *expected, form)):
         assert off(a, b) < 1e-3
+    again = np.full(gate.shape, 7, gate.dtype)
+    kernel.of_codes_block(form, config, Warpgroup(), *packed, again)
+    assert off(again, decoded_product(*expected, form, gate.dtype)) < 1e-3
 
 
 def test_the_interpreted_kernels_equal_the_reference():
@@ -55,6 +59,9 @@ def test_the_interpreted_kernels_equal_the_reference():
         assert a.shape == b.shape and off(a, b) < 1e-6
     for a, b in zip(glu.swiglu_backward(dh, *made, **options), backward_arrays(dh, *made, form)):
         assert a.shape == b.shape and off(a, b) < 1e-3
+    again = glu.swiglu_of_codes(*made, **options)
+    assert again.shape == gate.shape and off(again, decoded_product(*made, form, gate.dtype)) < 1e-3
+    assert 1e-3 < off(again, h) < 0.2
 
 
 def test_the_reference_has_the_gradients_of_the_exact_function():
@@ -75,6 +82,8 @@ def test_what_the_kernels_cannot_take_is_said():
     with pytest.raises(ValueError, match="expected codes"):
         codes = Codes(jnp.zeros((2, 64), jnp.uint8), jnp.zeros((2, 1), jnp.uint16))
         glu.swiglu_backward(jnp.ones((2, 256)), codes, codes, bits=4, group=128)
+    with pytest.raises(ValueError, match="codes alike"):
+        glu.swiglu_of_codes(codes, Codes(jnp.zeros((2, 32), jnp.uint8), codes.scale), bits=4, group=128)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -87,6 +96,8 @@ def test_every_benchmark_shape_lowers_for_cuda(bits, symmetric):
         lowered = forward.trace(x, x).lower(lowering_platforms=("cuda",))
         backward = jax.jit(lambda *args: glu.swiglu_backward(*args, **options))
         backward.trace(x, *lowered.out_info[1:]).lower(lowering_platforms=("cuda",))
+        of_codes = jax.jit(lambda *args: glu.swiglu_of_codes(*args, **options))
+        of_codes.trace(*lowered.out_info[1:]).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.gpu
@@ -101,3 +112,4 @@ def test_the_kernels_on_a_device(form):
         assert (np.asarray(a.codes) != np.asarray(b.codes)).mean() < 5e-3  # ties, as for the codec
     for a, b in zip(glu.swiglu_backward(dh, *made, **options), backward_arrays(dh, *made, form)):
         assert off(a, b) < 1e-3
+    assert off(glu.swiglu_of_codes(*made, **options), decoded_product(*made, form, gate.dtype)) < 1e-3

@@ -1,0 +1,77 @@
+"""Evaluates equations of which some variables are stored as codes, by the rules that operations have for codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from memjax.codecs import Codec, Packed
+from memjax.core import jaxpr_compat
+from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
+from memjax.core.packing import CodesRule, codes_rules
+from memjax.core.rules import operation_of
+
+
+def run_and_encode(eqns: Sequence[JaxprEqn], env: dict[Any, Any], codecs: Mapping[Any, Codec]) -> dict[Any, Packed]:
+    """Evaluates equations as `jaxpr_compat.run` does.
+
+    Args:
+      eqns: equations.
+      env: values by variable, to which those of the equations are added.
+      codecs: variables that are to be encoded to nearest.
+
+    Returns:
+      The codes of those variables that an operation encoded in its own pass; the others are left.
+    """
+    made: dict[Any, Packed] = {}
+    for eqn in eqns:
+        values = [jaxpr_compat.read(env, atom) for atom in eqn.invars]
+        with jaxpr_compat.eqn_context(eqn):
+            own = [None if isinstance(atom, Literal) or atom in made else codecs.get(atom) for atom in eqn.invars]
+            rule, settings = _rule(eqn) if any(own) else (CodesRule(), None)
+            found = rule.make(values, own, settings) if rule.make is not None else None
+            if found is None:
+                env.update(zip(eqn.outvars, jaxpr_compat.bind(eqn, values)))
+            else:
+                env.update(zip(eqn.outvars, jax.tree.leaves(found[0])))
+                made.update((v, code) for v, how, code in zip(eqn.invars, own, found[1]) if how is not None)
+    return made
+
+
+def run(eqns: Sequence[JaxprEqn], env: dict[Any, Any], codes: Mapping[Any, Packed]) -> None:
+    """Evaluates equations as `jaxpr_compat.run` does; operations read ``codes`` of variables where they have a rule.
+
+    Values that only such operations read must be in ``env`` all the same; decoding them is dead code then.
+    """
+    for eqn in eqns:
+        values = [jaxpr_compat.read(env, atom) for atom in eqn.invars]
+        own = [None if isinstance(atom, Literal) else codes.get(atom) for atom in eqn.invars]
+        with jaxpr_compat.eqn_context(eqn):
+            outputs = _evaluate(eqn, values, own) if any(code is not None for code in own) else None
+            env.update(zip(eqn.outvars, jaxpr_compat.bind(eqn, values) if outputs is None else outputs))
+
+
+def _evaluate(eqn: JaxprEqn, values: list[Any], codes: list[Packed | None]) -> list[Any] | None:
+    """Returns the outputs of an equation some of whose inputs are codes, or None if it is to be bound as it is."""
+    rule, settings = _rule(eqn)
+    if rule.read is not None:
+        outputs = rule.read([value if code is None else code for value, code in zip(values, codes)], settings)
+        return None if outputs is None else jax.tree.leaves(outputs)
+    if not jaxpr_compat.is_call(eqn) and not jaxpr_compat.is_recomputation(eqn):
+        return None
+    body = jaxpr_compat.body_of(eqn)
+    env = dict(zip(body.constvars, jaxpr_compat.consts_of(body))) | dict(zip(body.invars, values))
+    run(body.eqns, env, {v: code for v, code in zip(body.invars, codes) if code is not None})
+    return [jaxpr_compat.read(env, atom) for atom in body.outvars]
+
+
+def _rule(eqn: JaxprEqn) -> tuple[CodesRule, Any]:
+    """Returns the rule and the settings of the operation that an equation is, with its derivative or without."""
+    if eqn.primitive.name == "custom_vjp_call":
+        body: Jaxpr = jaxpr_compat.body_of(eqn)
+        whole = len(body.eqns) == 1 and body.eqns[0].invars == body.invars and body.eqns[0].outvars == body.outvars
+        return _rule(body.eqns[0]) if whole else (CodesRule(), None)
+    name, settings = operation_of(eqn.params["name"]) if eqn.primitive.name == "jit" else ("", None)
+    return codes_rules.get(name, CodesRule()), settings
