@@ -2,7 +2,8 @@
 
 A step's time is that of many steps in a row on donated arrays, divided by their number. Its floor is the bytes of
 parameters and state, read and written once, and of gradients, read once, over the rate at which the same process copies
-memory.
+memory. Peers: optax.adamw; optax.contrib.galore, which takes neither stacked layers nor bfloat16, on the layers of `up`
+one by one, between two changes of its subspace; torch's fused AdamW, whose gradients have the dtype of its parameters.
 
     python -m benchmarks.optim_steps
     python -m benchmarks.optim_steps --cases 'llama-3.2-1b/model'
@@ -10,6 +11,7 @@ memory.
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -126,6 +128,56 @@ def methods() -> dict[str, tuple[str, Callable[[Any], Any], Step]]:
     }
 
 
+def galore_rows(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, Callable[[Any], Any], Step]]:
+    """Returns optax's GaLore as `methods` would, for the matrices of `shapes`; its projections are never made anew."""
+    import optax
+
+    rank = int(min(next(iter(shapes.values()))[-2:]) * DENSITY)
+    tx = optax.contrib.galore(LEARNING_RATE, rank=rank, update_proj_gap=STEPS * (REPEATS + 2))
+
+    def init(params: Any) -> Any:
+        first, *rest = tx.init(params)
+        return (first._replace(count=first.count + 1), *rest)
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(optax.tree.cast(grads, "float32"), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return {f"optax.contrib.galore {DENSITY:g}, float32": ("float32", init, step)}
+
+
+def torch_row(shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, Any]:
+    """Measures torch's fused AdamW."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    params = [torch.randn(shape, device="cuda", dtype=kind) for shape in shapes.values()]
+    for p in params:
+        p.grad = torch.full_like(p, 1e-2)
+    tx = torch.optim.AdamW(params, LEARNING_RATE, weight_decay=0.0, fused=True)
+    tx.step()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+
+    size = sum(p.nbytes for p in params)
+    state = sum(leaf.nbytes for held in tx.state.values() for leaf in held.values())
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            tx.step()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / STEPS * 1e3)
+    return {
+        "what": f"torch AdamW, fused, {dtype}",
+        "bytes": 3 * size + 2 * state,
+        "state_over_params": state / size,
+        "temp_over_params": (torch.cuda.max_memory_allocated() - before) / size,
+        "ms": statistics.median(times),
+    }
+
+
 def run_case(name: str) -> dict[str, Any]:
     """Measures the leaves of one case and returns the times."""
     import jax
@@ -135,27 +187,33 @@ def run_case(name: str) -> dict[str, Any]:
 
     copy = harness.ceilings(2048, 1024)["copy_tb_per_s"]
     shapes = leaves_of(name)
-    grads = {
-        leaf: 1e-2 * jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
-        for i, (leaf, shape) in enumerate(shapes.items())
-    }
+    apart = {f"{leaf}/{i}": shape[1:] for leaf, shape in shapes.items() if len(shape) == 3 for i in range(shape[0])}
+    ways = [(shapes, methods()), *([(apart, galore_rows(apart))] if name.endswith("/up") else [])]
     rows = []
-    for what, (dtype, init, step) in methods().items():
-        params = {leaf: jax.random.normal(jax.random.key(9), shape, dtype) for leaf, shape in shapes.items()}
-        state = jax.jit(init)(params)
-        abstract = jax.eval_shape(lambda *x: x, params, grads, state)
-        compiled = jax.jit(step, donate_argnums=(0, 2)).lower(*abstract).compile()
-        row: dict[str, Any] = {
-            "what": what,
-            "bytes": 2 * nbytes(params) + nbytes(grads) + 2 * nbytes(state),
-            "state_over_params": nbytes(state) / nbytes(params),
-            "temp_over_params": compiled_bytes(compiled).temp / nbytes(params),
+    for leaves, found in ways:
+        grads = {
+            leaf: 1e-2 * jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+            for i, (leaf, shape) in enumerate(leaves.items())
         }
-        row["ms"] = step_ms(compiled, params, grads, state)
+        for what, (dtype, init, step) in found.items():
+            params = {leaf: jax.random.normal(jax.random.key(9), shape, dtype) for leaf, shape in leaves.items()}
+            state = jax.jit(init)(params)
+            abstract = jax.eval_shape(lambda *x: x, params, grads, state)
+            compiled = jax.jit(step, donate_argnums=(0, 2)).lower(*abstract).compile()
+            row: dict[str, Any] = {
+                "what": what,
+                "bytes": 2 * nbytes(params) + nbytes(grads) + 2 * nbytes(state),
+                "state_over_params": nbytes(state) / nbytes(params),
+                "temp_over_params": compiled_bytes(compiled).temp / nbytes(params),
+            }
+            row["ms"] = step_ms(compiled, params, grads, state)
+            rows.append(row)
+            del params, state
+    if importlib.util.find_spec("torch") and jax.default_backend() == "gpu":
+        rows += [torch_row(shapes, dtype) for dtype in ("float32", "bfloat16")]
+    for row in rows:
         row["floor_ms"] = row["bytes"] / copy / 1e9
         row["over_floor"] = row["ms"] / row["floor_ms"]
-        rows.append(row)
-        del params, state
     return {"leaves": {leaf: list(shape) for leaf, shape in shapes.items()}, "copy_tb_per_s": copy, "steps": rows}
 
 
