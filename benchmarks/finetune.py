@@ -169,8 +169,14 @@ def run_case(name: str) -> dict[str, Any]:
     return measure(*CASES[name])
 
 
-def measure(shape: Shape, stack: str, remat: Any = "full", rank: int | None = RANK) -> dict[str, Any]:
-    """Runs the training step of a stack and returns what it measured; arguments as for `build_memjax`."""
+def measure(
+    shape: Shape, stack: str, remat: Any = "full", rank: int | None = RANK, nf4: bool = False
+) -> dict[str, Any]:
+    """Runs the training step of a stack and returns what it measured; arguments as for `build_memjax`.
+
+    Args:
+      nf4: pack the base of "peft" by bitsandbytes.
+    """
     tokens = np.random.default_rng(SEED).integers(0, LLAMAS[shape.model].vocab, (shape.batch, shape.length + 1))
     tokens = tokens.astype(np.int32)
     if stack == "peft":
@@ -185,6 +191,7 @@ def measure(shape: Shape, stack: str, remat: Any = "full", rank: int | None = RA
             seed=SEED,
             warmup=WARMUP,
             repeats=REPEATS,
+            nf4=nf4,
         )
     else:
         import jax

@@ -47,6 +47,7 @@ LADDERS: dict[str, tuple[Shape, dict[str, tuple[str, dict[str, Any]]]]] = {
             "plain_jax": ("plain_jax", {"remat": "none"}),
             "plain_jax, full remat": ("plain_jax", {"remat": "full"}),
             "peft + Liger": ("peft", {}),
+            "peft + bitsandbytes + Liger": ("peft", {"format": "nf4"}),
             "memjax: exact operations": ("memjax", {"remat": "none"}),
             "residuals in 8 bits": ("memjax", {"remat": "8bit"}),
             "residuals in 4 bits": ("memjax", {"remat": "4bit"}),
@@ -202,7 +203,9 @@ def run_case(name: str) -> dict[str, Any]:
     if stack != "memjax":
         settings = dict(settings)
         rank = settings.pop("rank", finetune.RANK)
-        return finetune.measure(shape, stack, settings.get("remat", "full"), rank) | {"settings": RUNGS[name].settings}
+        nf4 = settings.get("format") == "nf4"
+        row = finetune.measure(shape, stack, settings.get("remat", "full"), rank, nf4)
+        return row | {"settings": RUNGS[name].settings}
     rng = np.random.default_rng(finetune.SEED)
     tokens = rng.integers(0, LLAMAS[shape.model].vocab, (shape.batch, shape.length + 1)).astype(np.int32)
     repeats = finetune.REPEATS if tokens.size < 2**15 else finetune.REPEATS // 2

@@ -26,6 +26,7 @@ def run(
     seed: int,
     warmup: int,
     repeats: int,
+    nf4: bool = False,
 ) -> dict[str, Any]:
     """Trains LoRA on a random bfloat16 Llama and returns speed, bytes and losses.
 
@@ -36,6 +37,7 @@ def run(
       learning_rate: of AdamW.
       seed: of the random weights.
       warmup, repeats: steps that are not and that are timed.
+      nf4: pack the linear layers by bitsandbytes, with double quantization.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -61,6 +63,8 @@ def run(
     )
     with device:
         model = transformers.AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if nf4:
+        _pack(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
@@ -94,3 +98,22 @@ def run(
             "loss_last": losses[-1].item(),
         }
     )
+
+
+def _pack(model: Any) -> None:
+    """Replaces the linear layers of the decoder, not the head, by those of bitsandbytes."""
+    import bitsandbytes as bnb
+
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                settings = {"compress_statistics": True, "quant_type": "nf4"}
+                packed = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, **settings
+                )
+                packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **settings)
+                setattr(part, name, packed.to(linear.weight.device))
+    model.is_loaded_in_4bit = True
+    torch.cuda.empty_cache()
