@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,8 +274,8 @@ def run_here(
 
     Args:
       suite: name of the file, which is written after each case.
-      cases: name -> function that runs the case and returns its row, or a `Case`, of which all are compiled, side by
-        side, before the first runs; an exception in either is a row with its error.
+      cases: name -> function that runs the case and returns its row, or a `Case`, which are compiled side by side, the
+        later ones while the first run; an exception in either is a row with its error.
       results, limit_s, keep: as for `run_suite`.
 
     Returns:
@@ -285,8 +285,6 @@ def run_here(
     path, record = open_results(suite, list(cases), describe_device(), results=results, keep=keep)
     pool = ThreadPoolExecutor(min(COMPILING_THREADS, os.cpu_count() or 1))
     compiled = {name: pool.submit(case.compile) for name, case in cases.items() if isinstance(case, Case)}
-    wait(compiled.values(), timeout=None if math.isinf(limit_s) else limit_s)
-    pool.shutdown(wait=False, cancel_futures=True)
     for name, case in cases.items():
         spent = time.monotonic() - start
         if spent < limit_s:
@@ -298,6 +296,7 @@ def run_here(
         else:
             row = {"error": f"not run: the run's {limit_s:.0f} s were spent"}
         record(name, {"wall_s": time.monotonic() - start - spent} | row)
+    pool.shutdown(wait=False, cancel_futures=True)
     return path
 
 
