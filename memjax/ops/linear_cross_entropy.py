@@ -47,7 +47,7 @@ FROZEN_TOKENS, TRAINED_ENTRIES, VIEW_TOKENS = 2048, 4096, 512
 """Shapes of tiles by default: most tokens at a frozen head, fewest of the vocabulary at a trained one, tokens at a
 view. Cutting the head costs a copy per block of tokens, and adding to the sums a pass over them per part of the
 vocabulary."""
-KERNEL_TILE, KERNEL_ENTRIES = 3 * 2**24, 8192
+KERNEL_TILE, KERNEL_ENTRIES = 2**26, 8192
 """Likewise for the kernels: numbers of a tile at a frozen head, which have 16 bits, and entries at a trained one."""
 LOW = float(jnp.finfo(jnp.float32).min)
 
@@ -451,8 +451,7 @@ def _forward_by_kernels(
     if not pull:
         return _of_statistics(kernels.lse_and_target(x, w, labels, **settings), labels, entries, None)
 
-    def of_block(rows: tuple[jax.Array, jax.Array]) -> _Terms:
-        x, labels = rows
+    def of_block(x: jax.Array, labels: jax.Array) -> _Terms:
         made = kernels.exponentials(x, w, labels, **settings)
         of_label = jnp.exp(made.statistics.target - made.statistics.lse)
         slopes = kernels.Slopes(jnp.ones_like(of_label), of_label)
@@ -460,9 +459,20 @@ def _forward_by_kernels(
         return _of_statistics(made.statistics, labels, entries, head.pull(p, w).astype(x.dtype))
 
     block = _part(head.options.chunk or KERNEL_TILE // entries, tokens)
-    if block == tokens:
-        return of_block((x, labels))
-    return _joined(lax.map(of_block, (_blocks(x, block), _blocks(labels, block))), tokens)
+    block = -(-block // 8) * 8  # kernels write multiples of 8 rows, and to cut some off would be a copy
+    if block >= tokens:
+        terms = of_block(*(_blocks(rows, block)[0] for rows in (x, labels)))
+        return jax.tree.map(lambda leaf: leaf[:tokens], terms)
+
+    def add(i: Any, found: _Terms) -> _Terms:
+        start = jnp.minimum(i * block, tokens - block)  # the last block may take some tokens again, but is as long
+        terms = of_block(*(lax.dynamic_slice_in_dim(rows, start, block) for rows in (x, labels)))
+        return jax.tree.map(lambda all, some: lax.dynamic_update_slice_in_dim(all, some, start, 0), found, terms)
+
+    row = jnp.zeros(tokens)
+    empty = _Terms(row, row, row if head.options.total else None, row, jnp.zeros(x.shape, x.dtype), None)
+    empty = jax.tree.map(lambda leaf: jaxpr_compat.vary_like(leaf, [x]), empty)
+    return lax.fori_loop(0, -(-tokens // block), add, empty)
 
 
 Gradients = tuple[Any, Any, Any]  # by x, by w (a list of its leaves' for a view) and by bias; None where not asked

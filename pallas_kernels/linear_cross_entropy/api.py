@@ -292,8 +292,8 @@ def gradients_of_exponentials(
 ) -> jax.Array:
     """Returns the gradient of a loss for the logits before their cap; see `logit_gradients`.
 
-    One pass over the exponentials, whose memory XLA takes for the result if nothing else reads them. Their rounding
-    does no harm to a label that is almost sure: a probability above one half is that of the row's largest logit, whose
+    One pass over the exponentials, in their memory if nothing else reads them and T is even. Their rounding does no
+    harm to a label that is almost sure: a probability above one half is that of the row's largest logit, whose
     exponential is exactly 1.
 
     Args:
@@ -308,24 +308,37 @@ def gradients_of_exponentials(
     Raises:
       ValueError: ``softcap`` with a slope everywhere where exponentials of capped logits can underflow.
     """
-    values, lse = made.values, made.statistics.lse
-    vocabulary = values.shape[1]
+    values = made.values
+    tokens, vocabulary = values.shape
     if softcap is not None and slopes.everywhere is not None and 2 * softcap > -math.log(jnp.finfo(values.dtype).tiny):
         raise ValueError(
             f"logits capped at {softcap} have exponentials that underflow in {values.dtype}; with a slope everywhere "
             "take logit_gradients"
         )
-    factor = jnp.exp(made.peaks - lse).T  # [T, tiles]
-    e = values.astype(jnp.float32)
-    p = e * jnp.repeat(factor, made.width, axis=1)[:, :vocabulary]
-    is_label = reference.is_label(labels, vocabulary)
-    dz = p * slopes.softmax[:, None] - jnp.where(is_label, slopes.label[:, None], 0.0)
-    if slopes.everywhere is not None:
-        dz = dz - slopes.everywhere[:, None]
-    if softcap is not None:
-        z = jnp.log(e) + jnp.repeat(made.peaks.T, made.width, axis=1)[:, :vocabulary]
-        dz = dz * (1 - (jnp.maximum(z, -softcap) / softcap) ** 2)
-    return dz.astype(values.dtype)
+
+    def of_rows(values: jax.Array, peaks: jax.Array, lse: jax.Array, labels: jax.Array, slopes: Slopes) -> jax.Array:
+        e = values.astype(jnp.float32)
+        p = e * jnp.repeat(jnp.exp(peaks - lse[:, None]), made.width, axis=1)[:, :vocabulary]
+        is_label = reference.is_label(labels, vocabulary)
+        dz = p * slopes.softmax[:, None] - jnp.where(is_label, slopes.label[:, None], 0.0)
+        if slopes.everywhere is not None:
+            dz = dz - slopes.everywhere[:, None]
+        if softcap is not None:
+            z = jnp.log(e) + jnp.repeat(peaks, made.width, axis=1)[:, :vocabulary]
+            dz = dz * (1 - (jnp.maximum(z, -softcap) / softcap) ** 2)
+        return dz.astype(values.dtype)
+
+    rest = (made.peaks.T, made.statistics.lse, labels, slopes)
+    if tokens % 2:
+        return of_rows(values, *rest)
+    size = tokens // 2
+
+    def of_half(i: jax.Array, values: jax.Array) -> jax.Array:
+        rows = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, i * size, size), (values, *rest))
+        return jax.lax.dynamic_update_slice_in_dim(values, of_rows(*rows), i * size, 0)
+
+    # A loop works in place, whereas XLA gives no result the memory of one of several results of a kernel.
+    return jax.lax.fori_loop(0, 2, of_half, values)
 
 
 def logit_gradients(

@@ -116,6 +116,7 @@ def test_values_and_gradients_of_every_input(settings, names, chunk):
 HEADS = {"frozen": ("x",), "trained": ("x", "w")}
 KERNELS = {
     ("plain", "frozen", 4),
+    ("z loss", "frozen", T),
     ("softcap", "trained", 3),
     ("all", "trained", 3),
     ("label smoothing", "trained", T),
@@ -123,7 +124,12 @@ KERNELS = {
     ("plain", "trained", 3),
     ("all", "trained", T),
 }
-SOME_KERNELS = {("plain", "frozen", 4), ("softcap", "trained", 3), ("label smoothing", "trained", T)}
+SOME_KERNELS = {
+    ("plain", "frozen", 4),
+    ("z loss", "frozen", T),
+    ("softcap", "trained", 3),
+    ("label smoothing", "trained", T),
+}
 
 
 @pytest.mark.parametrize(
@@ -224,15 +230,16 @@ def test_large_and_banned_logits(names):
     assert_close((value, grads), (want, wanted), 4e-3)  # an ulp of 3e4 is 2e-3
 
 
-def temp_bytes(entries, names, tokens, width, chunk):
+def temp_bytes(entries, names, tokens, width, chunk, implementation=None, dtype=jnp.float32):
     abstract = {
-        "x": jax.ShapeDtypeStruct((tokens, width), jnp.float32),
-        "w": jax.ShapeDtypeStruct((width, entries), jnp.float32),
+        "x": jax.ShapeDtypeStruct((tokens, width), dtype),
+        "w": jax.ShapeDtypeStruct((width, entries), dtype),
     }
 
     def grad(arrays, labels):
         def loss(chosen):
-            return linear_cross_entropy(*map((arrays | chosen).get, "xw"), labels, chunk=chunk)
+            x, w = map((arrays | chosen).get, "xw")
+            return linear_cross_entropy(x, w, labels, chunk=chunk, implementation=implementation)
 
         return jax.grad(loss)({name: arrays[name] for name in names})
 
@@ -250,6 +257,18 @@ def test_memory_is_that_of_tiles_and_not_of_all_logits(names):
     # Logits, probabilities or their gradients, and the part of the head, all in float32; sums like the inputs.
     assert small < 2.5 * TILE_BYTES + 8 * TOKENS * WIDTH * 4
     assert large < small + 8 * TOKENS * WIDTH * 4
+
+
+def test_blocks_for_the_kernels_copy_no_input(monkeypatch):
+    monkeypatch.setattr(sys.modules[linear_cross_entropy.__module__], "_kernels_run", lambda *_: True)
+    small, large = (temp_bytes(256, ("x",), tokens, 512, 24, "mosaic_gpu") for tokens in (250, 500))
+    assert large < small + 250 * 512 * 4 / 2
+
+
+@pytest.mark.gpu
+def test_a_block_of_the_kernels_exists_once_on_a_device():
+    entries, block = 65536, 512
+    assert temp_bytes(entries, ("x",), 1024, 256, block, "mosaic_gpu", jnp.bfloat16) < 1.5 * 2 * block * entries
 
 
 def test_a_frozen_head_has_no_gradient():
