@@ -449,8 +449,7 @@ def _activation_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) ->
         exact = of_task.get("exact")
         lines = []
         for policy, row in of_task.items():
-            same = exact is not None and exact["run"] == row["run"]
-            change = f"{row['after_mean'] - exact['after_mean']:+.4f}" if exact is not None and same else "-"
+            change = f"{row['after_mean'] - exact['after_mean']:+.4f}" if exact is not None else "-"
             lines.append([policy, f"{row['after_mean']:.4f} ± {row['after_std']:.4f}", change])
         first = next(iter(of_task.values()))
         batch, tokens = first["batch"]

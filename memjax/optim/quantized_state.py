@@ -2,7 +2,8 @@
 
 A moment of a leaf is a `Packed` of the leaf's numbers, or float32 where the leaf is small. As many trailing axes of the
 leaf as fill whole blocks become one, so that axes before them (stacked layers) stay in front, and codes of a leaf whose
-last axis fills blocks are cut by a mesh as the leaf is.
+last axis fills blocks are cut by a mesh as the leaf is. Where the rows of a matrix do not fill blocks, they may be
+vectors of layers that are updated apart: its blocks are then the largest that fill rows, if of 64 elements or more.
 
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory Efficient Optimizers
 with 4-bit States" (2023).
@@ -10,6 +11,7 @@ with 4-bit States" (2023).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ LEAST = 4096
 """Elements below which a leaf's moments stay float32."""
 BLOCKS = {8: 256, 4: 128}
 """Bits -> elements that share a scale."""
+_LEAST_BLOCK = 64
 
 
 class StateFormat(NamedTuple):
@@ -70,33 +73,43 @@ def state_format(bits: int = 8, block: int | None = None, least: int = LEAST) ->
     return StateFormat(dynamic(bits, block), unsigned, least)
 
 
-def stored_shape(shape: tuple[int, ...], form: StateFormat) -> tuple[int, ...] | None:
-    """Returns the shape as which a leaf's moments are encoded, or None for leaves whose moments stay float32."""
-    if math.prod(shape) < form.least or math.prod(shape) % form.block:
+def stored_shape(shape: tuple[int, ...], form: StateFormat) -> tuple[tuple[int, ...], int] | None:
+    """Returns the shape as which a leaf's moments are encoded and their block, None where they stay float32."""
+    size = math.prod(shape)
+    if size < form.least:
         return None
-    axis, size = len(shape), 1
-    while size % form.block:
+    if len(shape) == 2 and shape[1] % form.block:
+        fitting = (
+            b for b in range(min(form.block, shape[1]), _LEAST_BLOCK - 1, -1) if shape[1] % b == 0 and b % 2 == 0
+        )
+        block = next(fitting, None)
+        if block is not None:
+            return shape, block
+    if size % form.block:
+        return None
+    axis, part = len(shape), 1
+    while part % form.block:
         axis -= 1
-        size *= shape[axis]
-    return (*shape[:axis], size)
+        part *= shape[axis]
+    return (*shape[:axis], part), form.block
 
 
 def moment_bytes(shape: tuple[int, ...], form: StateFormat) -> int:
     """Returns the bytes of one moment: ``size * bits / 8 + 4 * size / block``, or ``4 * size`` in float32."""
-    size = math.prod(shape)
-    if stored_shape(shape, form) is None:
-        return 4 * size
-    return size * form.signed.bits // 8 + 4 * (size // form.block)
+    size, found = math.prod(shape), stored_shape(shape, form)
+    return 4 * size if found is None else size * form.signed.bits // 8 + 4 * (size // found[1])
 
 
 def zeros(leaf: Any, codec: Codec, form: StateFormat) -> Any:
     """Returns the moment zero of a leaf: scales and codes of zero, or float32 zeros."""
-    shape = stored_shape(leaf.shape, form)
-    if shape is None:
+    found = stored_shape(leaf.shape, form)
+    if found is None:
         return jnp.zeros(leaf.shape, jnp.float32)
+    shape, block = found
     codes = jnp.zeros((*shape[:-1], shape[-1] * codec.bits // 8), jnp.uint8)
-    scale = jnp.zeros((*shape[:-1], shape[-1] // form.block), jnp.uint32)
-    return Packed((codes,), scale, None, codec, (-1,), jnp.dtype(jnp.float32))
+    scale = jnp.zeros((*shape[:-1], shape[-1] // block), jnp.uint32)
+    own: Any = codec
+    return Packed((codes,), scale, None, dataclasses.replace(own, group=block), (-1,), jnp.dtype(jnp.float32))
 
 
 def encode(moment: jax.Array, like: Any) -> Any:
@@ -123,9 +136,10 @@ def decode(moment: Any, shape: tuple[int, ...]) -> jax.Array:
 
 def _constant(value: Any, leaf: Any, codec: Codec, form: StateFormat) -> Packed:
     """Returns the code of a moment that is ``value`` everywhere: that of one block, whose bytes are all alike."""
-    block = jnp.full(form.block, value, jnp.float32)
-    block = encode(block, zeros(block, codec, form._replace(least=0)))
     whole = jax.eval_shape(lambda: zeros(leaf, codec, form))
+    size = whole.codec.group
+    planes, scale = (jnp.zeros(size * codec.bits // 8, jnp.uint8),), jnp.zeros(1, jnp.uint32)
+    block = encode(jnp.full(size, value, jnp.float32), dataclasses.replace(whole, planes=planes, scale=scale))
     return jax.tree.map(lambda part, like: jnp.broadcast_to(part[0], like.shape), block, whole)
 
 

@@ -16,8 +16,8 @@ from memjax.core import compiled_bytes, nbytes
 from memjax.optim import quantized_state as stored
 from pallas_kernels.optim.formats import dynamic_levels
 
-ROWS = {"kernel": (2, 32, 128), "odd": (64, 96), "bias": (96,)}
-"""Blocks within a row, blocks that straddle rows, and a leaf too small to encode."""
+ROWS = {"kernel": (2, 32, 128), "odd": (4, 64, 48), "rows": (64, 96), "bias": (96,)}
+"""Blocks within a row, blocks that straddle rows, rows that make blocks of their own, a leaf too small to encode."""
 
 
 def tree(seed, dtype=np.float32):
@@ -41,9 +41,9 @@ class Plain:
         self.middles = (self.levels[1:].astype(np.float64) + self.levels[:-1]) / 2
 
     def __call__(self, x):
-        if x.size < stored.LEAST or x.size % self.block:
+        if x.size < stored.LEAST:
             return x
-        blocks = x.reshape(-1, self.block)
+        blocks = x.reshape(-1, 96 if x.shape == (64, 96) else self.block)
         scale = np.maximum(np.abs(blocks).max(1, keepdims=True), np.float32(1e-12))
         return (self.levels[np.searchsorted(self.middles, blocks / scale)] * scale).reshape(x.shape)
 
@@ -86,13 +86,17 @@ def test_state_bytes_are_the_formula(bits, block):
     form = stored.state_format(bits)
     tx = low.scale_by_adam8bit(bits=bits)
     state = jax.eval_shape(tx.init, params)
-    sizes = [2 * 32 * 128, 64 * 96]
-    moment = sum(n * bits // 8 + 4 * n // block for n in sizes) + 4 * 96
+    sizes = {2 * 32 * 128: block, 4 * 64 * 48: block, 64 * 96: 96}
+    moment = sum(n * bits // 8 + 4 * n // own for n, own in sizes.items()) + 4 * 96
     assert nbytes(state) == nbytes(tx.init(params)) == 4 + 2 * moment
     assert moment == sum(stored.moment_bytes(shape, form) for shape in ROWS.values())
     assert nbytes(low.scale_by_lion8bit(bits=bits).init(params)) == 4 + moment
     last = (2, 32 * 128) if bits == 8 else (2, 32, 128)
-    assert state.mu["kernel"].shape == last and state.mu["odd"].shape == (64 * 96,)
+    assert (
+        state.mu["kernel"].shape == last
+        and state.mu["odd"].shape == (4, 64 * 48)
+        and state.mu["rows"].shape == (64, 96)
+    )
     assert state.mu["bias"].shape == (96,)
 
 

@@ -74,7 +74,11 @@ def routed(params):
 
 @pytest.mark.parametrize(
     ("tx", "features"),
-    [(optax.adamw(optax.linear_schedule(1e-2, 0, 9), weight_decay=0.1), D), (mj.optim.adamw8bit(1e-3), 2 * D)],
+    [
+        (optax.adamw(optax.linear_schedule(1e-2, 0, 9), weight_decay=0.1), D),
+        (mj.optim.adamw8bit(1e-3), 2 * D),
+        (mj.optim.adamw8bit(1e-3, block=128, least=128), 6 * D),  # rows of ``scale`` do not fill blocks
+    ],
 )
 def test_equals_gradients_update_and_apply(tx, features):
     params, batch = problem(features=features)
