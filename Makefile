@@ -41,7 +41,7 @@ format: .venv/installed-test ## rewrite the sources in the project's style
 notebooks: .venv/installed-test ## execute every notebook
 	.venv/bin/python -m pytest $(PYTEST) -m slow tests/test_notebooks.py
 
-results: .venv/installed-demo ## write RESULTS.md and ladder.svg in benchmarks/ from the recorded results
+results: .venv/installed-demo ## write RESULTS.md and its pictures in benchmarks/ from the recorded results
 	.venv/bin/python -m benchmarks.results
 
 clean: ## remove the environments, caches and build outputs; runs/ stays

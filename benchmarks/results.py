@@ -1,4 +1,4 @@
-"""Writes RESULTS.md and ladder.svg from the recorded results, so that no number in them was typed by hand."""
+"""Writes RESULTS.md and its pictures from the recorded results, so that no number in them was typed by hand."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from benchmarks.ladder_plot import ladder_svg
+from benchmarks.plots import activations_svg, ladder_svg
 
 PAGE = Path(__file__).parent / "RESULTS.md"
-PLOT = Path(__file__).parent / "ladder.svg"
-PLOTTED = RESULTS / "nvidia-h100-80gb-hbm3" / "ladder.json"
+PLOTS = {"ladder": ladder_svg, "activations": activations_svg}
+"""Suite -> its picture, ``<suite>.svg``."""
+PLOTTED = RESULTS / "nvidia-h100-80gb-hbm3"
 
 INTRODUCTION = """# Results
 
@@ -656,5 +657,5 @@ def render(results: Path = RESULTS) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render())
-    PLOT.write_text(ladder_svg(json.loads(PLOTTED.read_text())))
-    print(PAGE, PLOT, sep="\n")
+    for suite, draw in PLOTS.items():
+        PAGE.with_name(f"{suite}.svg").write_text(draw(json.loads((PLOTTED / f"{suite}.json").read_text())))

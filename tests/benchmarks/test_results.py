@@ -1,4 +1,4 @@
-"""RESULTS.md and ladder.svg hold what the recorded files say, and only compare rows of one run."""
+"""RESULTS.md and its pictures hold what the recorded files say, and only compare rows of one run."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import activation_quality, attention_quality, formats, full_finetuning, ladder, results
-from benchmarks.ladder_plot import ladder_svg
+from benchmarks.plots import activations_svg, ladder_svg
 
 FACTS = {
     "device": "Card 9000",
@@ -83,13 +83,30 @@ def test_page_is_up_to_date():
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
-def test_plot_is_up_to_date():
-    recorded = json.loads(results.PLOTTED.read_text())
-    plot, again = results.PLOT.read_text(), ladder_svg(recorded)
+@pytest.mark.parametrize("suite", results.PLOTS)
+def test_plots_are_up_to_date(suite):
+    recorded = json.loads((results.PLOTTED / f"{suite}.json").read_text())
+    plot, again = results.PAGE.with_name(f"{suite}.svg").read_text(), results.PLOTS[suite](recorded)
     assert NUMBER.sub("#", plot) == NUMBER.sub("#", again), "run `make results`"
     np.testing.assert_allclose(*(np.array(NUMBER.findall(text), float) for text in (plot, again)), atol=0.01)
-    for rung in ladder.LADDERS["8B LoRA, 2 x 2048"][1]:
+    rungs = ladder.LADDERS["8B LoRA, 2 x 2048"][1] if suite == "ladder" else ("plain_jax none", "linear-4bit")
+    for rung in rungs:
         assert f">{rung.removeprefix('memjax: ')}</text>" in plot
+
+
+def test_plot_of_policies_takes_the_run_of_the_baseline():
+    rows = [
+        row(stack, run, peak_gib=gib, tokens_per_s=1000.0) | {"case": f"small/{stack} {policy}", "stack": stack}
+        for stack, policy, run, gib in [
+            ("plain_jax", "full", "monday", 9.0),
+            ("memjax", "4bit", "monday", 6.0),
+            ("memjax", "old", "sunday", 5.0),
+        ]
+    ]
+    recorded = {"runs": {"monday": FACTS, "sunday": FACTS}, "rows": rows}
+    assert ">4bit</text>" in activations_svg(recorded) and ">old</text>" not in activations_svg(recorded)
+    with pytest.raises(ValueError, match="plain_jax"):
+        activations_svg(recorded | {"rows": rows[1:]})
 
 
 def rung(name, run="monday", **values):
