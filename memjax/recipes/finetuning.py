@@ -28,7 +28,7 @@ from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.formats import Format, codec_of
 from memjax.recipes.generation import continue_tokens
 from memjax.recipes.methods import METHODS, Settings, make_adapter
-from memjax.recipes.optimizers import make_training
+from memjax.recipes.optimizers import gradient_bytes, make_training
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, human, residual_bytes, working_bytes
 from memjax.recipes.settings import (
@@ -298,7 +298,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     by_xla = compiled_bytes(compiled)
     if mesh is not None:  # where arrays that the step does not use are no arguments of it, and are held all the same
         by_xla = by_xla._replace(argument=max(by_xla.argument, parallel.device_bytes((state, frozen, batch_at(0)))))
-    report = byte_report(frozen, state, by_xla, activations, settings.accumulate)
+    gradients = gradient_bytes(settings, state.theta, config.num_layers)
+    report = byte_report(frozen, state, by_xla, activations, gradients)
     checkpoints.close()
     if isinstance(adapter, TrainedWeights):
         models.save(out / "model", dataclasses.replace(model, params=adapter.attach(frozen, state.theta)))

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from memjax import optim
+from memjax.core.bytes import nbytes
+from memjax.core.paths import leaf_paths
+from memjax.parallel import device_bytes
 from memjax.recipes.train import LossFn, Metrics, Training, TrainState, make_schedule, make_step
 
 if TYPE_CHECKING:
@@ -46,12 +49,14 @@ class Optimizer(NamedTuple):
       settings: those of ``density``, ``update_gap`` and ``seed`` that it has -> its names for them.
       kind: "gradients": an optax transformation of whole gradients; "blocks": trains layers in turn, and gradients are
         of those only; "passes": forward passes alone.
+      block: of "blocks": layers in a block, and whether weights outside of the layers are trained too.
     """
 
     make: Callable[..., Any]
     rate: float = 1.0
     settings: dict[str, str] = {}  # noqa: RUF012
     kind: Literal["gradients", "blocks", "passes"] = "gradients"
+    block: tuple[int, bool] = (0, False)
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -69,6 +74,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 _FRUGAL = {"density": "density", "update_gap": "update_gap", "seed": "seed"}
 _SUBSPACE = _FRUGAL | {"density": "rank"}
+_BLOCKS = {"update_gap": "switch_every", "seed": "seed"}
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(lambda rate, **options: in_float32(optax.adamw(rate, **options))),
     "adamw8bit": Optimizer(optim.adamw8bit),
@@ -84,8 +90,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "apollo": Optimizer(optim.apollo, settings=_SUBSPACE),
     "apollo_mini": Optimizer(optim.apollo_mini, settings={"update_gap": "update_gap", "seed": "seed"}),
     "ldadam": Optimizer(functools.partial(optim.ldadam, rank=0.25), settings={"density": "rank", "seed": "seed"}),
-    "badam": Optimizer(optim.badam_step, settings={"update_gap": "switch_every", "seed": "seed"}, kind="blocks"),
-    "lisa": Optimizer(optim.lisa_step, settings={"update_gap": "switch_every", "seed": "seed"}, kind="blocks"),
+    "badam": Optimizer(optim.badam_step, settings=_BLOCKS, kind="blocks", block=(1, False)),
+    "lisa": Optimizer(optim.lisa_step, settings=_BLOCKS, kind="blocks", block=(2, True)),
     "mezo": Optimizer(optim.mezo, rate=0.01, settings={"seed": "seed"}, kind="passes"),
 }
 
@@ -136,6 +142,24 @@ def make_training(
     if settings.clip is not None:
         tx = optax.chain(optax.clip_by_global_norm(settings.clip), tx)
     return Training(tx.init, make_step(loss, tx, accumulate=settings.accumulate, seed=settings.seed))
+
+
+def gradient_bytes(settings: FinetuneSettings, theta: Any, layers: int) -> int:
+    """Returns the bytes of the gradients that exist at a time, by formula; on a mesh those of one device.
+
+    Args:
+      settings: of the run, checked.
+      theta: what is trained.
+      layers: of the model.
+    """
+    optimizer, total = OPTIMIZERS[settings.optimizer], device_bytes(theta)
+    if optimizer.kind == "passes":
+        return 0
+    if optimizer.kind == "gradients" and not settings.fused:
+        return total * (2 if settings.accumulate > 1 else 1)
+    stacked = sum(nbytes(leaf) for path, leaf in leaf_paths(theta) if path.startswith("layers/"))
+    active, outer = (1, True) if settings.fused else optimizer.block
+    return stacked // layers * active + (total - stacked if outer else 0)
 
 
 def every_weight(settings: FinetuneSettings) -> bool:

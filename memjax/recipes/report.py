@@ -145,13 +145,12 @@ def human(count: int) -> str:
 
 
 def byte_report(
-    frozen: Any, state: TrainState, compiled: CompiledBytes, activation_bytes: int, accumulate: int = 1
+    frozen: Any, state: TrainState, compiled: CompiledBytes, activation_bytes: int, gradient_bytes: int | None = None
 ) -> ByteReport:
     """Accounts for the bytes of a training step, on a mesh for those of one device.
 
-    Formula: weights, trained weights and optimizer state as they are stored; gradients as large as the
-    trained weights (twice with accumulation: the sum and one microbatch's); activations and temporaries as
-    given. Compiled: the total is argument + output + temp - alias; the weights and the state are arguments of
+    Formula: weights, trained weights and optimizer state as they are stored; gradients, activations and temporaries
+    as given. Compiled: the total is argument + output + temp - alias; the weights and the state are arguments of
     the program, and what remains is gradients, activations, temporaries and the batch together. Measured: the
     peak of the device's allocator, or without one, on CPU, of the whole process. Call it after training steps
     have run.
@@ -161,7 +160,7 @@ def byte_report(
       state: the training state.
       compiled: of the compiled step, see `memjax.core.bytes.compiled_bytes`.
       activation_bytes: by formula, see `residual_bytes` and `working_bytes`.
-      accumulate: microbatches per step.
+      gradient_bytes: by formula, see `memjax.recipes.optimizers.gradient_bytes`; None: those of all that is trained.
 
     Raises:
       ValueError: the compiled step has smaller arguments than ``frozen`` and ``state``: it is of other
@@ -177,7 +176,7 @@ def byte_report(
             f"the compiled step takes {compiled.argument} bytes, less than the {sum(held)} bytes of its weights and "
             "state: it was compiled for others, or does not use all of them"
         )
-    formula = (*held[:4], held[3] * (2 if accumulate > 1 else 1), held[4], activation_bytes)
+    formula = (*held[:4], held[3] if gradient_bytes is None else gradient_bytes, held[4], activation_bytes)
     by_xla = (*held[:4], None, held[4], compiled.total - sum(held))
     peak, measured_by = measured_peak()
     rows = [ByteRow(name, f, c, None) for name, f, c in zip(CATEGORIES, formula, by_xla, strict=True)]

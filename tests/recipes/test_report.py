@@ -12,6 +12,8 @@ from memjax.models import LlamaConfig
 from memjax.ops import linear_cross_entropy
 from memjax.recipes import report
 from memjax.recipes.data import Windows
+from memjax.recipes.optimizers import gradient_bytes
+from memjax.recipes.settings import FinetuneSettings, checked
 from memjax.recipes.train import TrainState, make_step
 
 B, S, CHUNK = 2, 128, 64
@@ -82,8 +84,23 @@ def test_formula_is_near_and_below_what_is_compiled(mlp_chunk):
     assert result.total.compiled_bytes == compiled.total
     assert 0.4 < result.total.formula_bytes / compiled.total <= 1
     assert result.total.measured_bytes > nbytes(frozen)
-    twice = report.byte_report(frozen, state, compiled, activations, accumulate=2)
-    assert twice.rows[report.CATEGORIES.index("gradients")].formula_bytes == 2 * nbytes(theta)
+
+
+@pytest.mark.parametrize(
+    ("settings", "outer", "layers"),
+    [
+        ({}, 1, 3),
+        ({"accumulate": 2}, 2, 6),
+        ({"optimizer": "frugal8bit", "fused": True, "clip": None}, 1, 1),
+        ({"optimizer": "badam", "clip": None}, 0, 1),
+        ({"optimizer": "lisa", "clip": None}, 1, 2),
+        ({"optimizer": "mezo", "clip": None}, 0, 0),
+    ],
+)
+def test_gradients_are_of_what_is_updated_at_a_time(settings, outer, layers):
+    theta = {"layers": {"kernel": jnp.ones((3, 4, 8))}, "head": jnp.ones((8, 5), jnp.bfloat16)}
+    settings = checked(FinetuneSettings(model="smollm2", adapter="none", batch=2, **settings))
+    assert gradient_bytes(settings, theta, 3) == outer * 80 + layers * 128
 
 
 def test_residuals_count_arrays_once_and_weights_never():
