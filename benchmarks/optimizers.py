@@ -39,7 +39,7 @@ class Method(NamedTuple):
     rates: tuple[float, ...]
 
 
-_RATES = (1e-3, 2e-3, 4e-3)
+_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 METHODS: dict[str, Method] = {
     "AdamW": Method(lambda lr: optax.adamw(lr, weight_decay=0.0), _RATES),
     "FRUGAL 0.25": Method(lambda lr: optim.frugal(lr, density=0.25, update_gap=GAP), _RATES),
@@ -47,14 +47,14 @@ METHODS: dict[str, Method] = {
         lambda lr: optim.frugal(lr, density=0.25, update_gap=GAP, state_free_scale=0.0), _RATES
     ),
     "FRUGAL 0": Method(lambda lr: optim.frugal(lr, density=0.0), _RATES),
-    "BAdam": Method(lambda lr: optim.badam(lr, GAP), _RATES),
     "GaLore": Method(lambda lr: optim.galore(lr, 0.25, GAP), _RATES),
     "Fira": Method(lambda lr: optim.fira(lr, 0.25, GAP), _RATES),
     "APOLLO": Method(lambda lr: optim.apollo(lr, 0.25, GAP), _RATES),
     "APOLLO-Mini": Method(lambda lr: optim.apollo_mini(lr, GAP), _RATES),
-    "LDAdam": Method(lambda lr: optim.ldadam(lr, 0.25), _RATES),
     "AdamW, 8 bits": Method(lambda lr: optim.adamw8bit(lr, weight_decay=0.0), _RATES),
     "AdamW, 4 bits": Method(lambda lr: optim.adamw4bit(lr, weight_decay=0.0), _RATES),
+    "BAdam": Method(lambda lr: optim.badam(lr, GAP), _RATES),
+    "LDAdam": Method(lambda lr: optim.ldadam(lr, 0.25), _RATES),
     "Adam-mini": Method(lambda lr: optim.adam_mini(lr), _RATES),
     "MicroAdam": Method(lambda lr: optim.micro_adam(lr), _RATES),
     "Lion, 8 bits": Method(lambda lr: optim.lion8bit(lr, weight_decay=0.0), (1e-4, 3e-4, 1e-3)),
