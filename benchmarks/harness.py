@@ -285,18 +285,20 @@ def run_here(
     path, record = open_results(suite, list(cases), describe_device(), results=results, keep=keep)
     pool = ThreadPoolExecutor(min(COMPILING_THREADS, os.cpu_count() or 1))
     compiled = {name: pool.submit(case.compile) for name, case in cases.items() if isinstance(case, Case)}
-    for name, case in cases.items():
-        spent = time.monotonic() - start
-        if spent < limit_s:
-            try:
-                row = case.run(compiled[name].result()) if isinstance(case, Case) else case()
-            except Exception as problem:
-                traceback.print_exc()
-                row = {"error": f"{type(problem).__name__}: {problem}"[:500]}
-        else:
-            row = {"error": f"not run: the run's {limit_s:.0f} s were spent"}
-        record(name, {"wall_s": time.monotonic() - start - spent} | row)
-    pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        for name, case in cases.items():
+            spent = time.monotonic() - start
+            if spent < limit_s:
+                try:
+                    row = case.run(compiled[name].result()) if isinstance(case, Case) else case()
+                except Exception as problem:
+                    traceback.print_exc()
+                    row = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+            else:
+                row = {"error": f"not run: the run's {limit_s:.0f} s were spent"}
+            record(name, {"wall_s": time.monotonic() - start - spent} | row)
+    finally:  # an interrupted process would else compile the rest before it ends
+        pool.shutdown(wait=False, cancel_futures=True)
     return path
 
 

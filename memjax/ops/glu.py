@@ -116,7 +116,7 @@ def _make(arguments: Any, codecs: Any, activation: str) -> Any:
     form = kernel_form(codecs[0], arguments[0], kernels.unsupported)
     if form is None:
         return None
-    out, *made = varying_like(arguments, kernels.swiglu_packed(*map(once, arguments), **form._asdict()))
+    out, *made = varying_like(arguments, kernels.swiglu_packed(*arguments, **form._asdict()))
     dtype = np.dtype(arguments[0].dtype)
     return out, [Packed((part.codes,), part.scale, part.offset, codecs[0], (-1,), dtype) for part in made]
 
@@ -137,4 +137,4 @@ def _read(arguments: Any, activation: str) -> Any:
 
 
 codes_rules["glu"] = CodesRule(_make, _read)
-codes_rules["glu_gradients"] = CodesRule(read=_read)
+codes_rules["glu_gradients"] = CodesRule(read=_read, results=2)

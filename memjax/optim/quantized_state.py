@@ -2,8 +2,8 @@
 
 A moment of a leaf is a `Packed` of the leaf's numbers, or float32 where the leaf is small. As many trailing axes of the
 leaf as fill whole blocks become one, so that axes before them (stacked layers) stay in front, and codes of a leaf whose
-last axis fills blocks are cut by a mesh as the leaf is. Where the rows of a matrix do not fill blocks, they may be
-vectors of layers that are updated apart: its blocks are then the largest that fill rows, if of 64 elements or more.
+last axis fills blocks are cut by a mesh as the leaf is. Few rows that do not fill blocks may be vectors of layers that
+are updated apart: blocks are then the largest that fill rows, if of 64 elements or more.
 
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory Efficient Optimizers
 with 4-bit States" (2023).
@@ -30,7 +30,7 @@ LEAST = 4096
 """Elements below which a leaf's moments stay float32."""
 BLOCKS = {8: 256, 4: 128}
 """Bits -> elements that share a scale."""
-_LEAST_BLOCK = 64
+_LEAST_BLOCK, _MOST_LAYERS = 64, 256
 
 
 class StateFormat(NamedTuple):
@@ -78,7 +78,7 @@ def stored_shape(shape: tuple[int, ...], form: StateFormat) -> tuple[tuple[int, 
     size = math.prod(shape)
     if size < form.least:
         return None
-    if len(shape) == 2 and shape[1] % form.block:
+    if len(shape) == 2 and shape[0] <= _MOST_LAYERS and shape[1] % form.block:
         fitting = (
             b for b in range(min(form.block, shape[1]), _LEAST_BLOCK - 1, -1) if shape[1] % b == 0 and b % 2 == 0
         )

@@ -21,7 +21,6 @@ from jax import lax
 from memjax.codecs import Codec, Packed, pack, unpack
 from memjax.core import jaxpr_compat, packing
 from memjax.core.bytes import nbytes
-from memjax.core.first_order import first_order
 from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
 from memjax.core.paths import match, path_name
 from memjax.core.random_bits import seed_words
@@ -550,7 +549,7 @@ def _store(how: Codec | Mask | None, x: Any, key: Any = None) -> Any:
         return x
     if isinstance(how, Mask):
         return pack(x.astype(jnp.uint8), 1, how.axis, 8)[0]
-    return _encode(how, _first_order(x), key)
+    return _encode(how, on_codes.mark(x), key)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -568,9 +567,3 @@ def _restore(how: Codec | Mask | None, stored: Any) -> Any:
 
 def _move(x: Any, space: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space), x)
-
-
-_first_order = first_order(
-    "second-order differentiation through compress_residuals: what backward reads are codes, which have no "
-    "derivative; differentiate the function without compress_residuals, or use ResidualPolicy(bits=32)"
-)

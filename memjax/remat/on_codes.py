@@ -9,9 +9,15 @@ import jax
 
 from memjax.codecs import Codec, Packed
 from memjax.core import jaxpr_compat
+from memjax.core.first_order import first_order
 from memjax.core.jaxpr_compat import Jaxpr, JaxprEqn, Literal
 from memjax.core.packing import CodesRule, codes_rules
 from memjax.core.rules import operation_of
+
+mark = first_order(
+    "second-order differentiation through compress_residuals: what backward reads are codes, which have no "
+    "derivative; differentiate the function without compress_residuals, or use ResidualPolicy(bits=32)"
+)
 
 
 def run_and_encode(eqns: Sequence[JaxprEqn], env: dict[Any, Any], codecs: Mapping[Any, Codec]) -> dict[Any, Packed]:
@@ -31,7 +37,7 @@ def run_and_encode(eqns: Sequence[JaxprEqn], env: dict[Any, Any], codecs: Mappin
         with jaxpr_compat.eqn_context(eqn):
             own = [None if isinstance(atom, Literal) or atom in made else codecs.get(atom) for atom in eqn.invars]
             rule, settings = _rule(eqn) if any(own) else (CodesRule(), None)
-            found = rule.make(values, own, settings) if rule.make is not None else None
+            found = rule.make([mark(value) for value in values], own, settings) if rule.make is not None else None
             if found is None:
                 env.update(zip(eqn.outvars, jaxpr_compat.bind(eqn, values)))
             else:
@@ -57,9 +63,10 @@ def _evaluate(eqn: JaxprEqn, values: list[Any], codes: list[Packed | None]) -> l
     """Returns the outputs of an equation some of whose inputs are codes, or None if it is to be bound as it is."""
     rule, settings = _rule(eqn)
     if rule.read is not None:
-        outputs = rule.read([value if code is None else code for value, code in zip(values, codes)], settings)
+        outputs = rule.read([mark(value) if code is None else code for value, code in zip(values, codes)], settings)
         return None if outputs is None else jax.tree.leaves(outputs)
-    if not jaxpr_compat.is_call(eqn) and not jaxpr_compat.is_recomputation(eqn):
+    calls = jaxpr_compat.is_call(eqn) or jaxpr_compat.is_recomputation(eqn)
+    if not calls or _operation(eqn)[0]:  # an operation without a rule stays one, for `memjax.lift`
         return None
     body = jaxpr_compat.body_of(eqn)
     env = dict(zip(body.constvars, jaxpr_compat.consts_of(body))) | dict(zip(body.invars, values))
@@ -68,10 +75,15 @@ def _evaluate(eqn: JaxprEqn, values: list[Any], codes: list[Packed | None]) -> l
 
 
 def _rule(eqn: JaxprEqn) -> tuple[CodesRule, Any]:
-    """Returns the rule and the settings of the operation that an equation is, with its derivative or without."""
+    """Returns the rule and the settings of the whole operation that an equation is, with its derivative or without."""
     if eqn.primitive.name == "custom_vjp_call":
         body: Jaxpr = jaxpr_compat.body_of(eqn)
         whole = len(body.eqns) == 1 and body.eqns[0].invars == body.invars and body.eqns[0].outvars == body.outvars
         return _rule(body.eqns[0]) if whole else (CodesRule(), None)
-    name, settings = operation_of(eqn.params["name"]) if eqn.primitive.name == "jit" else ("", None)
-    return codes_rules.get(name, CodesRule()), settings
+    name, settings = _operation(eqn)
+    rule = codes_rules.get(name, CodesRule())
+    return (rule if len(eqn.outvars) == rule.results else CodesRule()), settings
+
+
+def _operation(eqn: JaxprEqn) -> tuple[str, Any]:
+    return operation_of(eqn.params["name"]) if eqn.primitive.name == "jit" else ("", None)

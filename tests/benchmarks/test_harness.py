@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -176,23 +177,43 @@ def test_cases_of_one_process_are_recorded_one_by_one(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["rows"][2]["error"] == "not run: the run's 0 s were spent"
 
 
-def test_cases_are_compiled_before_the_first_runs_and_a_failure_is_a_row(tmp_path, monkeypatch):
+def test_cases_are_compiled_while_the_first_run_and_a_failure_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "describe_device", lambda: FACTS)
-    happened = []
+    runs = threading.Event()
 
     def compiled(name):
-        happened.append(f"compile {name}")
         if name == "b":
             raise ValueError("does not compile")
+        if name == "c":
+            assert runs.wait(60)
         return name.upper()
 
     def run(program):
-        happened.append(f"run {program}")
+        runs.set()
         return {"program": program}
 
     cases = {name: harness.Case(lambda name=name: compiled(name), run) for name in "abc"} | {"d": lambda: {"plain": 1}}
     path = harness.run_here("suite", cases, results=tmp_path, limit_s=math.inf, keep=False)
     rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
-    assert sorted(happened[:3]) == ["compile a", "compile b", "compile c"] and happened[3:] == ["run A", "run C"]
     assert (rows["a"]["program"], rows["c"]["program"], rows["d"]["plain"]) == ("A", "C", 1)
     assert rows["b"]["error"] == "ValueError: does not compile"
+
+
+def test_an_interrupted_run_compiles_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "describe_device", lambda: FACTS)
+    monkeypatch.setattr(harness, "COMPILING_THREADS", 1)
+    interrupted, compiled, before = threading.Event(), [], threading.enumerate()
+
+    def waits():
+        interrupted.wait(60)
+
+    def interrupts():
+        raise KeyboardInterrupt
+
+    cases = {"first": interrupts, "a": harness.Case(waits, dict), "b": harness.Case(lambda: compiled.append("b"), dict)}
+    with pytest.raises(KeyboardInterrupt):
+        harness.run_here("suite", cases, results=tmp_path, limit_s=math.inf, keep=False)
+    interrupted.set()
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(60)
+    assert not compiled

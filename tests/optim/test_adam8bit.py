@@ -91,6 +91,7 @@ def test_state_bytes_are_the_formula(bits, block):
     assert nbytes(state) == nbytes(tx.init(params)) == 4 + 2 * moment
     assert moment == sum(stored.moment_bytes(shape, form) for shape in ROWS.values())
     assert nbytes(low.scale_by_lion8bit(bits=bits).init(params)) == 4 + moment
+    assert stored.stored_shape((512, 96), form) == ((512 * 96,), block)  # more rows than layers: a matrix
     last = (2, 32 * 128) if bits == 8 else (2, 32, 128)
     assert (
         state.mu["kernel"].shape == last

@@ -39,9 +39,7 @@ def calls(monkeypatch):
 
     def make(arguments, given, activation):
         seen.append("make")
-        return ops.swiglu(*arguments), [
-            codec.encode(jax.lax.stop_gradient(x), -1) for codec, x in zip(given, arguments)
-        ]
+        return ops.swiglu(*arguments), [codec and codec.encode(x, -1) for codec, x in zip(given, arguments)]
 
     def read(arguments, activation):
         assert isinstance(arguments[0], Packed) and isinstance(arguments[1], Packed)
@@ -53,7 +51,7 @@ def calls(monkeypatch):
         return jax.vjp(ops.swiglu, gate, up)[1](arguments[2])
 
     monkeypatch.setitem(codes_rules, "glu", CodesRule(make, read))
-    monkeypatch.setitem(codes_rules, "glu_gradients", CodesRule(None, read))
+    monkeypatch.setitem(codes_rules, "glu_gradients", CodesRule(None, read, results=2))
     return seen
 
 
@@ -84,9 +82,8 @@ def test_rules_give_the_same_gradients(calls, monkeypatch, around):
 
 
 def test_what_an_operation_cannot_take_is_decoded(calls, monkeypatch):
-    refused = CodesRule(lambda *_: None, lambda *_: None)
-    monkeypatch.setitem(codes_rules, "glu", refused)
-    monkeypatch.setitem(codes_rules, "glu_gradients", refused)
+    for name, results in (("glu", 1), ("glu_gradients", 2)):
+        monkeypatch.setitem(codes_rules, name, CodesRule(lambda *_: None, lambda *_: None, results))
     f = compress_residuals(mlp, POLICY)
     for a, b in zip(jax.tree.leaves(gradients(f, W, X)), jax.tree.leaves(gradients(mlp, W, X))):
         assert 0 < jnp.linalg.norm(a - b) < 0.3 * jnp.linalg.norm(b)
@@ -95,6 +92,40 @@ def test_what_an_operation_cannot_take_is_decoded(calls, monkeypatch):
 def test_stochastic_codes_are_not_made_by_rules(calls):
     gradients(compress_residuals(mlp, ResidualPolicy(bits=4, group=32, rounding="stochastic", min_size=0)), W, X)
     assert "make" not in calls and "gradients" in calls
+
+
+@pytest.mark.parametrize("name", ["gate", "up"])
+def test_an_operation_without_some_of_its_results_is_evaluated_as_it_is(calls, name):
+    def gradient(f):
+        return jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(f(W | {name: v}, X)))))(W[name])
+
+    packed, both = gradient(compress_residuals(mlp, POLICY)), gradients(compress_residuals(mlp, POLICY), W, X)[0]
+    assert calls[0] == "make" and calls.count("gradients") == 1
+    np.testing.assert_allclose(packed, both[name], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_differentiated_through_rules(calls):
+    def second(w):
+        return jnp.sum(jnp.square(jax.grad(lambda w: jnp.sum(compress_residuals(mlp, POLICY)(w, X)))(w)["up"]))
+
+    def by_cotangent(ct):
+        return jnp.sum(jax.vjp(lambda w: compress_residuals(mlp, POLICY)(w, X), W)[1](ct)[0]["up"])
+
+    for f, x in ((second, W), (by_cotangent, X)):
+        with pytest.raises(TypeError, match="second-order differentiation through compress_residuals"):
+            jax.make_jaxpr(jax.grad(f))(x)
+
+
+def test_an_operation_without_a_rule_stays_one_where_it_reads_codes():
+    def f(x, head):
+        loss = functools.partial(ops.linear_cross_entropy, labels=jnp.arange(8))
+        return jax.checkpoint(lambda h: jnp.sin(loss(h, head)), prevent_cse=False)(jnp.sin(x))
+
+    def operations(policy):
+        program = jax.make_jaxpr(jax.grad(compress_residuals(f, policy, params=(1,))))(X.reshape(8, 64), W["gate"])
+        return str(program).count("name=memjax.linear_cross_entropy")
+
+    assert operations(POLICY) == operations(ResidualPolicy(bits=32)) > 0
 
 
 def test_a_second_reader_gets_the_decoded_array(calls):
