@@ -439,8 +439,8 @@ def _over(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
 
 
 ACTIVATION_QUALITY_NOTE = """Loss of held-out King James text in nats per token, mean and standard deviation over seeds;
-what backward reads is all that differs between the policies of a task, for a seed decides the start and the batches. The
-last column compares with the row ``exact``, of whichever run."""
+what backward reads is all that differs between the policies of a task, for a seed decides the start and the batches.
+The last column compares with the row ``exact``, of whichever run."""
 
 
 def _activation_quality(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
