@@ -130,9 +130,8 @@ def test_moments_in_few_bits(bits):
     params = {"layers": {"kernel": jnp.ones((2, 64, 128))}, "embed_tokens": {"embedding": jnp.ones((64, 64))}}
     settings = {"update_gap": 2, "seed": 3}
     tx = mj.optim.scale_by_frugal(0.5, state_bits=bits, **settings)
-    sizes = (2 * 32 * 128, 64 * 64)
-    block = {8: 256, 4: 128}[bits]
-    moments = sum(2 * (size * bits // 8 + 4 * size // block) for size in sizes)
+    blocks = {2 * 32 * 128: {8: 256, 4: 128}[bits], 64 * 64: 64}
+    moments = sum(2 * (size * bits // 8 + 4 * size // block) for size, block in blocks.items())
     assert mj.optim.init_bytes(tx, params) == moments + 4 * 2 * 64 + 3 * 4
     exact = mj.optim.scale_by_frugal(0.5, **settings)
     state, wanted = tx.init(params), exact.init(params)
