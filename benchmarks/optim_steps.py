@@ -161,20 +161,15 @@ def torch_row(shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, Any]:
 
     size = sum(p.nbytes for p in params)
     state = sum(leaf.nbytes for held in tx.state.values() for leaf in held.values())
-    times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            tx.step()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / STEPS * 1e3)
+    timing = harness.time_calls(
+        lambda: [tx.step() for _ in range(STEPS)], lambda _: torch.cuda.synchronize(), warmup=1, repeats=REPEATS
+    )
     return {
         "what": f"torch AdamW, fused, {dtype}",
         "bytes": 3 * size + 2 * state,
         "state_over_params": state / size,
         "temp_over_params": (torch.cuda.max_memory_allocated() - before) / size,
-        "ms": statistics.median(times),
+        "ms": timing.median_ms / STEPS,
     }
 
 

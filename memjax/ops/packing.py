@@ -36,9 +36,7 @@ def group_of(codec: Codec, x: _Array) -> int:
     return x.shape[-1] if codec.group == "channel" else int(codec.group)
 
 
-def kernel_form(
-    codec: Codec, x: jax.Array | jax.ShapeDtypeStruct, unsupported: Callable[..., str | None]
-) -> Form | None:
+def kernel_form(codec: Codec, x: _Array, unsupported: Callable[..., str | None]) -> Form | None:
     """Returns what the kernels call ``codec``, or None where one that makes codes of ``x`` does not run.
 
     Args:
