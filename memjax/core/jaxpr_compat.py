@@ -135,19 +135,22 @@ def read(env: Mapping[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
-def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr; every equation keeps its source line."""
+Bind = Callable[[JaxprEqn, Sequence[Any]], Sequence[Any]]
+
+
+def evaluate(jaxpr: Jaxpr, args: Sequence[Any], by: Bind = bind) -> list[Any]:
+    """Evaluates a jaxpr, each equation by ``by``; every equation keeps its source line."""
     env = dict(zip(jaxpr.constvars, consts_of(jaxpr))) | dict(zip(jaxpr.invars, args))
-    run(jaxpr.eqns, env)
+    run(jaxpr.eqns, env, by)
     return [read(env, atom) for atom in jaxpr.outvars]
 
 
-def run(eqns: Sequence[JaxprEqn], env: dict[Any, Any]) -> None:
-    """Evaluates equations in turn, reading and writing their variables in ``env``."""
+def run(eqns: Sequence[JaxprEqn], env: dict[Any, Any], by: Bind = bind) -> None:
+    """Evaluates equations in turn by ``by(eqn, values) -> outputs``, reading and writing their variables in ``env``."""
     for eqn in eqns:
         values = [read(env, atom) for atom in eqn.invars]
         with eqn_context(eqn):
-            env.update(zip(eqn.outvars, bind(eqn, values)))
+            env.update(zip(eqn.outvars, by(eqn, values)))
 
 
 def inline(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:

@@ -514,12 +514,14 @@ def gradients(
     on_codes.run(choice.backward, env, codes)
     transpose = plan.linearized.transpose
     inner = dict(zip(transpose.constvars, jaxpr_compat.consts_of(transpose)))
+    inner_codes: dict[Any, Packed] = {}
     for v, atom in zip(transpose.invars, plan.linearized.leaves):
         if isinstance(atom, Literal) or atom in env:
             inner[v] = jaxpr_compat.read(env, atom)
+        if not isinstance(atom, Literal) and atom in codes:
+            inner_codes[v] = codes[atom]
     inner.update(zip(transpose.invars[len(plan.linearized.leaves) :], cotangents))
-    pairs = zip(transpose.invars, plan.linearized.leaves)
-    on_codes.run(choice.transpose, inner, {v: codes[a] for v, a in pairs if not isinstance(a, Literal) and a in codes})
+    on_codes.run(choice.transpose, inner, inner_codes)
     found = iter(transpose.outvars)
     grads = []
     for v, chosen in zip(plan.linearized.jaxpr.invars, choice.arguments):

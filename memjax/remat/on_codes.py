@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,17 +33,17 @@ def run_and_encode(eqns: Sequence[JaxprEqn], env: dict[Any, Any], codecs: Mappin
       The codes of those variables that an operation encoded in its own pass; the others are left.
     """
     made: dict[Any, Packed] = {}
-    for eqn in eqns:
-        values = [jaxpr_compat.read(env, atom) for atom in eqn.invars]
-        with jaxpr_compat.eqn_context(eqn):
-            own = [None if isinstance(atom, Literal) or atom in made else codecs.get(atom) for atom in eqn.invars]
-            rule, settings = _rule(eqn) if any(own) else (CodesRule(), None)
-            found = rule.make([mark(value) for value in values], own, settings) if rule.make is not None else None
-            if found is None:
-                env.update(zip(eqn.outvars, jaxpr_compat.bind(eqn, values)))
-            else:
-                env.update(zip(eqn.outvars, jax.tree.leaves(found[0])))
-                made.update((v, code) for v, how, code in zip(eqn.invars, own, found[1]) if how is not None)
+
+    def by(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+        own = [None if isinstance(atom, Literal) or atom in made else codecs.get(atom) for atom in eqn.invars]
+        rule, settings = _rule(eqn) if any(own) else (CodesRule(), None)
+        found = rule.make([mark(value) for value in values], own, settings) if rule.make is not None else None
+        if found is None:
+            return jaxpr_compat.bind(eqn, values)
+        made.update((v, code) for v, how, code in zip(eqn.invars, own, found[1]) if how is not None)
+        return jax.tree.leaves(found[0])
+
+    jaxpr_compat.run(eqns, env, by)
     return made
 
 
@@ -51,15 +52,16 @@ def run(eqns: Sequence[JaxprEqn], env: dict[Any, Any], codes: Mapping[Any, Packe
 
     Values that only such operations read must be in ``env`` all the same; decoding them is dead code then.
     """
-    for eqn in eqns:
-        values = [jaxpr_compat.read(env, atom) for atom in eqn.invars]
-        own = [None if isinstance(atom, Literal) else codes.get(atom) for atom in eqn.invars]
-        with jaxpr_compat.eqn_context(eqn):
-            outputs = _evaluate(eqn, values, own) if any(code is not None for code in own) else None
-            env.update(zip(eqn.outvars, jaxpr_compat.bind(eqn, values) if outputs is None else outputs))
+    jaxpr_compat.run(eqns, env, functools.partial(_bind, codes))
 
 
-def _evaluate(eqn: JaxprEqn, values: list[Any], codes: list[Packed | None]) -> list[Any] | None:
+def _bind(codes: Mapping[Any, Packed], eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    own = [None if isinstance(atom, Literal) else codes.get(atom) for atom in eqn.invars]
+    outputs = _read(eqn, values, own) if any(code is not None for code in own) else None
+    return jaxpr_compat.bind(eqn, values) if outputs is None else outputs
+
+
+def _read(eqn: JaxprEqn, values: Sequence[Any], codes: Sequence[Packed | None]) -> list[Any] | None:
     """Returns the outputs of an equation some of whose inputs are codes, or None if it is to be bound as it is."""
     rule, settings = _rule(eqn)
     if rule.read is not None:
@@ -69,9 +71,8 @@ def _evaluate(eqn: JaxprEqn, values: list[Any], codes: list[Packed | None]) -> l
     if not calls or _operation(eqn)[0]:  # an operation without a rule stays one, for `memjax.lift`
         return None
     body = jaxpr_compat.body_of(eqn)
-    env = dict(zip(body.constvars, jaxpr_compat.consts_of(body))) | dict(zip(body.invars, values))
-    run(body.eqns, env, {v: code for v, code in zip(body.invars, codes) if code is not None})
-    return [jaxpr_compat.read(env, atom) for atom in body.outvars]
+    inside = {v: code for v, code in zip(body.invars, codes) if code is not None}
+    return jaxpr_compat.evaluate(body, values, functools.partial(_bind, inside))
 
 
 def _rule(eqn: JaxprEqn) -> tuple[CodesRule, Any]:
