@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,10 +105,43 @@ def _code_types(blocks: int, count: int, form: Form) -> list[jax.ShapeDtypeStruc
     return [codes, groups] if form.symmetric else [codes, groups, groups]
 
 
-def _flat(parts: Any, form: Form) -> tuple[Codes, Codes]:
-    half = 2 if form.symmetric else 3
-    flat = [part.reshape(-1) for part in parts]
-    return Codes(*flat[:half]), Codes(*flat[half:])
+def _pair(parts: Any) -> tuple[Codes, Codes]:
+    """Returns the codes of gate and up of the arrays of both."""
+    half = len(parts) // 2
+    return Codes(*parts[:half]), Codes(*parts[half:])
+
+
+def _by_blocks(
+    program: Callable[..., None], plain: Callable[..., Any], operands: Any, results: Any, interpret: bool
+) -> list[jax.Array]:
+    """Returns what is made block by block, ``[n]`` each.
+
+    Args:
+      program: of a thread, of the parts of operands and results.
+      plain: the same by `jax.numpy`, of a block of every operand; for the interpreter.
+      operands: ``[blocks, n]`` each.
+      results: types of ``[blocks, n]`` each.
+      interpret: run in the interpreter on a CPU.
+    """
+
+    def body(*refs: Any) -> None:
+        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
+        if interpret:
+            made = plain(*(tile[...] for tile in tiles[: len(operands)]))
+            for tile, part in zip(tiles[len(operands) :], jax.tree.leaves(made)):
+                tile[...] = part
+        else:
+            _mgpu.each_thread(program, tiles)
+
+    made = plgpu.kernel(
+        body,
+        out_type=tuple(results),
+        grid=(operands[0].shape[0],),
+        grid_names=("block",),
+        compiler_params=_mgpu.explicit_layouts(),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*operands)
+    return [part.reshape(-1) for part in made]
 
 
 def forward(
@@ -125,49 +159,28 @@ def forward(
     count = block_elements(form, config)
     blocks = gate.size // count
     packed = _code_types(blocks, count, form)
-
-    def body(*refs: Any) -> None:
-        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
-        if interpret:
-            made = reference.forward(tiles[0][...], tiles[1][...], form)
-            for tile, part in zip(tiles[2:], jax.tree.leaves(made)):
-                tile[...] = part
-        else:
-            _mgpu.each_thread(functools.partial(forward_block, form, config), tiles)
-
-    out, *parts = plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct((blocks, count), gate.dtype), *packed, *packed),
-        grid=(blocks,),
-        grid_names=("block",),
-        compiler_params=_mgpu.explicit_layouts(),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(gate.reshape(blocks, count), up.reshape(blocks, count))
-    return out.reshape(-1), *_flat(parts, form)
+    out, *parts = _by_blocks(
+        functools.partial(forward_block, form, config),
+        functools.partial(reference.forward, form=form),
+        [gate.reshape(blocks, count), up.reshape(blocks, count)],
+        [jax.ShapeDtypeStruct((blocks, count), gate.dtype), *packed, *packed],
+        interpret,
+    )
+    return out, *_pair(parts)
 
 
 def of_codes(gate: Codes, up: Codes, *, size: int, form: Form, config: Config, interpret: bool = False) -> jax.Array:
     """Returns the product of what codes stand for, bfloat16 ``[size]``; codes and the rest as in `forward`."""
     count = block_elements(form, config)
     blocks = size // count
-
-    def body(*refs: Any) -> None:
-        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
-        if interpret:
-            parts = [tile[...] for tile in tiles[:-1]]
-            half = len(parts) // 2
-            tiles[-1][...] = reference.of_codes(Codes(*parts[:half]), Codes(*parts[half:]), form, jnp.dtype(DTYPE))
-        else:
-            _mgpu.each_thread(functools.partial(of_codes_block, form, config), tiles)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((blocks, count), jnp.dtype(DTYPE)),
-        grid=(blocks,),
-        grid_names=("block",),
-        compiler_params=_mgpu.explicit_layouts(),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*(part.reshape(blocks, -1) for part in jax.tree.leaves((gate, up)))).reshape(-1)
+    (out,) = _by_blocks(
+        functools.partial(of_codes_block, form, config),
+        lambda *parts: reference.of_codes(*_pair(parts), form, jnp.dtype(DTYPE)),
+        [part.reshape(blocks, -1) for part in jax.tree.leaves((gate, up))],
+        [jax.ShapeDtypeStruct((blocks, count), jnp.dtype(DTYPE))],
+        interpret,
+    )
+    return out
 
 
 def backward(
@@ -176,26 +189,11 @@ def backward(
     """Returns the gradients of gate and up, bfloat16 ``[n]``; the arguments are `forward`'s and what it returns."""
     count = block_elements(form, config)
     blocks = dh.size // count
-    operands = [dh, *jax.tree.leaves((gate, up))]
-
-    def body(*refs: Any) -> None:
-        tiles = [ref.at[lax.axis_index("block")] for ref in refs]
-        if interpret:
-            parts = [tile[...] for tile in tiles[1:-2]]
-            half = len(parts) // 2
-            made = reference.backward(tiles[0][...], Codes(*parts[:half]), Codes(*parts[half:]), form)
-            for tile, part in zip(tiles[-2:], made):
-                tile[...] = part
-        else:
-            _mgpu.each_thread(functools.partial(backward_block, form, config), tiles)
-
-    out = jax.ShapeDtypeStruct((blocks, count), dh.dtype)
-    d_gate, d_up = plgpu.kernel(
-        body,
-        out_type=(out, out),
-        grid=(blocks,),
-        grid_names=("block",),
-        compiler_params=_mgpu.explicit_layouts(),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*(part.reshape(blocks, -1) for part in operands))
-    return d_gate.reshape(-1), d_up.reshape(-1)
+    d_gate, d_up = _by_blocks(
+        functools.partial(backward_block, form, config),
+        lambda dh, *parts: reference.backward(dh, *_pair(parts), form),
+        [part.reshape(blocks, -1) for part in (dh, *jax.tree.leaves((gate, up)))],
+        [jax.ShapeDtypeStruct((blocks, count), dh.dtype)] * 2,
+        interpret,
+    )
+    return d_gate, d_up
