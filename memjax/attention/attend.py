@@ -432,7 +432,8 @@ def _keep(
 def _backward(settings: _Settings, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
     q, k, v, sink, extra, out, lse = kept
     do, dlse = cotangents
-    delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+    # Apart from what follows, XLA sums along a row by the threads of a warp; with it, each thread reads a row alone.
+    delta = jax.lax.optimization_barrier(jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse)
     lists, options = _lists(settings, extra, *_sizes(q, k, extra)), _options(settings, extra)
     args = q, k, v, do, lse, delta
     dq = kernels.query_gradient(*args, lists.by_query, lists.elements, **options)
