@@ -135,7 +135,8 @@ def test_the_kernels_on_a_device(form):
             expected = encode_arrays(x, None if seed is None else seed_words(seed), form)
             np.testing.assert_array_equal(made[1], expected[1])
             # The reference divides by the scale and the kernel multiplies by its reciprocal: ties may part.
-            assert (np.asarray(made[0]) != np.asarray(expected[0])).mean() < 5e-3
+            codes_of_a_byte = 8 // form.bits
+            assert (np.asarray(made[0]) != np.asarray(expected[0])).mean() < 2.5e-3 * max(2, codes_of_a_byte)
             step = np.asarray(made[1]).view(jnp.bfloat16).astype(np.float32).repeat(form.group, -1).reshape(x.shape)
             apart = np.abs(decode_arrays(made, form, jnp.float32) - decode_arrays(expected, form, jnp.float32))
             assert (apart <= 1.01 * np.abs(step)).all()
