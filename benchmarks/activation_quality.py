@@ -19,7 +19,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
+# Trying products out takes longer than training; untried, only cuBLAS chooses well.
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false")
 
 import jax
 import jax.numpy as jnp

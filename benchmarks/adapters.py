@@ -23,7 +23,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # or the decompositions of several threads wait for each other
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # compiling takes longer than training
+# Trying products out takes longer than training; untried, only cuBLAS chooses well.
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false")
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,10 @@
-"""The loss of an output layer, forward and backward in bfloat16, beside the loss of all logits.
+"""The loss of an output layer, forward and backward in bfloat16, beside losses of all logits.
 
-``naive`` makes all logits in float32 and leaves the rest to autodiff. Frozen heads have a gradient by the inputs only;
-trained ones by both. All ways of a shape are measured in one process, so that their ratios are of one run of one card.
-The floor is that of the products a way needs at least (two with a frozen head, three with a trained one) at the rate of
-the same process's matmul; a way that makes logits again in backward pays a fourth. Temporaries are XLA's own count.
+``optax`` makes all logits, converts them to float32 and calls optax's loss, as training loops do; ``naive`` has a form
+of that which XLA makes less of. Frozen heads have a gradient by the inputs only; trained ones by both. All ways of a
+shape are measured in one process, so that their ratios are of one run of one card. The floor is that of the products a
+way needs at least (two with a frozen head, three with a trained one) at the rate of the same process's matmul; a way
+that makes logits again in backward pays a fourth. Temporaries are XLA's own count.
 
     python -m benchmarks.linear_cross_entropy
     python -m benchmarks.linear_cross_entropy --case tiny/t64
@@ -52,6 +53,16 @@ def naive(x: Any, w: Any, labels: Any, w_axis: int) -> Any:
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - target)
 
 
+def by_optax(x: Any, w: Any, labels: Any, w_axis: int) -> Any:
+    """Returns the mean cross-entropy of all logits in float32, by optax."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    logits = jax.lax.dot_general(x, w, (((1,), (w_axis,)), ((), ()))).astype(jnp.float32)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
 def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
     """Returns name -> (loss of ``x, w, labels``, whether the head is trained), those with few temporaries first."""
     from memjax.ops import linear_cross_entropy
@@ -62,8 +73,8 @@ def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
 
         return loss
 
-    def plain(x: Any, w: Any, labels: Any) -> Any:
-        return naive(x, w, labels, head.w_axis)
+    def plain(loss: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, w, labels: loss(x, w, labels, head.w_axis)
 
     return {
         "memjax, frozen": (by(None), False),
@@ -72,8 +83,10 @@ def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
         "memjax by XLA, trained": (by("xla"), True),
         "memjax, trained, all kept": (by(None, head.tokens), True),
         "memjax by XLA, trained, all kept": (by("xla", head.tokens), True),
-        "naive, frozen": (plain, False),
-        "naive, trained": (plain, True),
+        "naive, frozen": (plain(naive), False),
+        "naive, trained": (plain(naive), True),
+        "optax, frozen": (plain(by_optax), False),
+        "optax, trained": (plain(by_optax), True),
     }
 
 
@@ -110,9 +123,10 @@ def run_case(name: str) -> dict[str, Any]:
             "loss": float(compiled(x, w, labels)[0]),
         }
     for way, row in rows.items():
-        base = rows["naive, trained" if "trained" in way else "naive, frozen"]
-        row["time_over_naive"] = row["ms"] / base["ms"]
-        row["temp_over_naive"] = row["temp_bytes"] / base["temp_bytes"]
+        for other in ("naive", "optax"):
+            base = rows[f"{other}, {'trained' if 'trained' in way else 'frozen'}"]
+            row[f"time_over_{other}"] = row["ms"] / base["ms"]
+            row[f"temp_over_{other}"] = row["temp_bytes"] / base["temp_bytes"]
     return {
         **head._asdict(),
         "matmul_tflops": rates["matmul_tflops"],
