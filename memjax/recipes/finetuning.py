@@ -212,7 +212,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         console.print(f"resuming after step {int(state.step)} of {settings.steps}")
     done = int(state.step)
     metrics_log = MetricsLog(out / "metrics.jsonl", done)
-    held_out_log = MetricsLog(out / "held_out.jsonl", done + 1)
+    # Without a checkpoint, what the log holds of step 0 is another run's.
+    held_out_log = MetricsLog(out / "held_out.jsonl", done + 1 if settings.resume else 0)
     evaluations = {row["step"]: row for row in read_metrics(held_out_log.path)}
 
     def batch_at(step: int) -> data_.Windows:

@@ -24,8 +24,11 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def text_run(tiny_model, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    for name in ("metrics", "held_out"):  # of a run that died before its first checkpoint
+        (out / f"{name}.jsonl").write_text('{"step": 0, "loss": 99.0, "nll": 99.0, "tokens": 1.0}\n')
     settings = FinetuneSettings(
-        model=str(tiny_model), data=str(text_file), out=str(tmp_path_factory.mktemp("run")), format="int8", group=16,
+        model=str(tiny_model), data=str(text_file), out=str(out), format="int8", group=16,
         rank=4, batch=4, seq=32, accumulate=2, steps=12, lr=3e-2, eval_windows=3, eval_every=6, save_every=0,
         sample_tokens=8,
     )  # fmt: skip
