@@ -33,7 +33,7 @@ class MezoState(NamedTuple):
     """
 
     step: jax.Array  # int32 scalar, steps done
-    slopes: jax.Array  # float32 [window, samples], of the last steps, newest first; [0, samples] without a window
+    slopes: jax.Array | None  # float32 [window, samples], of the last steps, newest first; None without a window
     momentum: Any  # float32 tree of params, or None
     second: Any  # float32 tree of params, or None
 
@@ -131,7 +131,6 @@ def mezo(
     if window is not None and rule == "sgd":
         raise ValueError("rule='sgd' has no moments for a window of past steps")
     parts = None if callable(loss) else LossParts(*loss)
-    length = window or 0
 
     def check(params: Any) -> list[bool]:
         """Returns which leaves are stacked."""
@@ -199,14 +198,14 @@ def mezo(
         return total / np.float32(samples)
 
     def past(
-        step: Any, history: jax.Array, leaf: int, layer: Any, shape: tuple[int, ...], decay: float, power: int
+        step: Any, history: Any, leaf: int, layer: Any, shape: tuple[int, ...], decay: float, power: int
     ) -> jax.Array:
         """Returns the decayed sum of powers of the estimates in the window."""
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             return total + jnp.float32(decay) ** k * estimate(step - k, history[k], leaf, layer, shape) ** power
 
-        return lax.fori_loop(0, length, add, jnp.zeros(shape, jnp.float32))
+        return lax.fori_loop(0, window, add, jnp.zeros(shape, jnp.float32))
 
     def weights(decay: float, count: jax.Array) -> jax.Array:
         """Returns the sum of the weights of the estimates that a decayed sum holds after ``count`` steps."""
@@ -222,7 +221,7 @@ def mezo(
         kept = rule != "sgd" and window is None
         return MezoState(
             jnp.zeros((), jnp.int32),
-            jnp.zeros((length, samples), jnp.float32),
+            None if window is None else jnp.zeros((window, samples), jnp.float32),
             zeros() if kept else None,
             zeros() if kept and rule == "adam" else None,
         )
@@ -232,7 +231,7 @@ def mezo(
         stacked = check(params)
         good = jnp.isfinite(slopes).all()
         slopes = jnp.where(good, slopes, 0)
-        history = jnp.concatenate([slopes[None], state.slopes])[: state.slopes.shape[0]]
+        history = None if state.slopes is None else jnp.concatenate([slopes[None], state.slopes[:-1]])
         rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32)
         decays = (
             jax.tree.leaves(mask(params) if callable(mask) else mask) if mask is not None else [True] * len(stacked)

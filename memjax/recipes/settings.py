@@ -170,6 +170,8 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
         raise ValueError(
             f"{settings.optimizer} compares two passes, and dropout would differ; leave dropout={settings.dropout} out"
         )
+    if settings.remat not in ("none", "full") and optimizer.kind == "passes":
+        raise ValueError(f"{settings.optimizer} has no backward pass; leave remat={settings.remat} out")
     if settings.mesh is not None:
         if settings.fused or optimizer.kind != "gradients":
             what = "fused" if settings.fused else settings.optimizer

@@ -12,7 +12,7 @@ from rich.console import Console
 from memjax import codecs, models, optim
 from memjax.core import compiled_bytes, nbytes
 from memjax.recipes import cli, data, finetuning
-from memjax.recipes.checkpoint import read_metrics
+from memjax.recipes.checkpoint import Checkpoints, read_metrics
 from memjax.recipes.finetuning import finetune, make_loss, make_parts
 from memjax.recipes.methods import Settings, make_adapter
 from memjax.recipes.optimizers import OPTIMIZERS, make_training
@@ -72,6 +72,29 @@ def test_making_a_state_takes_no_room_beside_it(name):
     state = jax.eval_shape(training.init, params)
     assert compiled_bytes(made).temp <= 0.02 * nbytes(state) + 2**12
     assert compiled_bytes(made).output <= nbytes(state) + 2**12
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_state_is_saved_and_restored(name, tmp_path):
+    config = dataclasses.replace(WIDE, vocab_size=256, num_layers=2, intermediate_size=256)
+    settings = checked(FinetuneSettings(model="wide", adapter="none", optimizer=name, lr=1e-3))
+    training = make_training(settings, lambda *args: None, make_parts(models.Model(config), settings), 2)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), models.abstract(config, jnp.bfloat16))
+    state = init_state(params, training)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {})
+    restored = checkpoints.restore(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_run_of_forward_passes_goes_to_its_end(tiny_model, text_file, tmp_path):
+    settings = FinetuneSettings(
+        model=str(tiny_model), data=str(text_file), out=str(tmp_path / "run"), optimizer="mezo", rank=2, batch=2,
+        seq=16, steps=2, eval_windows=2, sample_tokens=2,
+    )  # fmt: skip
+    finetune(settings, QUIET)
+    assert Checkpoints(tmp_path / "run").steps() == [2]
 
 
 @pytest.mark.parametrize("name", ["frugal8bit", "adamw4bit", "badam"])
@@ -182,6 +205,7 @@ def test_a_run_of_all_weights_writes_a_model(tiny_model, text_file, tmp_path):
         ({"fused": True, "adapter": "none", "optimizer": "mezo"}, "mezo has a step of its own"),
         ({"fused": True, "adapter": "none", "accumulate": 2}, "fused keeps no sum of gradients"),
         ({"optimizer": "mezo", "dropout": 0.1}, "dropout would differ"),
+        ({"optimizer": "mezo", "remat": "4bit"}, "mezo has no backward pass; leave remat=4bit out"),
         ({"adapter": "none", "rank": 4}, "none has no rank"),
     ],
 )
