@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,6 +23,21 @@ from memjax.recipes.train import Schedule
 Dtype = Literal["auto", "float32", "bfloat16"]
 # Settings that may change on resume: they say where things are and how often, and change no number.
 FREE_SETTINGS = ("data", "out", "resume", "save_every", "keep", "eval_every", "prompt", "sample_tokens", "temperature")
+
+_COUNTS = (
+    *("rank", "batch", "seq", "accumulate", "steps", "update_gap", "chunk", "mlp_chunk"),
+    *("eval_windows", "keep", "sample_tokens"),
+)
+# Settings, whether a value is in their range, which NaN never is, and the range in words.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_COUNTS, lambda value: value >= 1, "at least 1"),
+    (("warmup", "eval_every", "save_every"), lambda value: value >= 0, "at least 0"),
+    (("alpha", "lr", "clip"), lambda value: 0 < value < math.inf, "finite and above 0"),
+    (("weight_decay", "temperature"), lambda value: 0 <= value < math.inf, "finite and at least 0"),
+    (("dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (("density",), lambda value: 0 <= value <= 1, "between 0 and 1"),
+    (("held_out",), lambda value: 0 < value < 1, "above 0 and below 1"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +154,15 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
     Raises:
       ValueError: numbers out of range, or choices that contradict each other; says which.
     """
-    for name in ("steps", "eval_windows", "sample_tokens"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
+    for names, within, expected in _RANGES:
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not within(value):
+                raise ValueError(f"{name}={value} must be {expected}")
     if settings.resume and settings.out and Path(settings.out) != Path(settings.resume):
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
-    if settings.accumulate < 1 or settings.batch % settings.accumulate:
+    if settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
-    if settings.mlp_chunk is not None and settings.mlp_chunk < 1:
-        raise ValueError(f"mlp_chunk={settings.mlp_chunk} must be at least 1")
     remat.parse(settings.remat)
     parse_attention(settings.attention)
     if settings.optimizer not in OPTIMIZERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -60,8 +61,8 @@ def make_schedule(lr: float, steps: int, *, schedule: Schedule = "constant", war
     Raises:
       ValueError: numbers out of range, or an unknown schedule.
     """
-    if lr <= 0 or steps < 1 or not 0 <= warmup < steps:
-        raise ValueError(f"expected lr > 0, steps >= 1 and 0 <= warmup < steps; got {lr=}, {steps=}, {warmup=}")
+    if not 0 < lr < math.inf or steps < 1 or not 0 <= warmup < steps:
+        raise ValueError(f"expected finite lr > 0, steps >= 1 and 0 <= warmup < steps; got {lr=}, {steps=}, {warmup=}")
     decays = {
         "constant": optax.constant_schedule(lr),
         "linear": optax.linear_schedule(lr, 0.0, steps - warmup),
@@ -95,8 +96,10 @@ def make_optimizer(
     Raises:
       ValueError: numbers out of range, or an unknown schedule.
     """
-    if clip is not None and clip <= 0:
-        raise ValueError(f"clip={clip} must be positive or None")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip={clip} must be finite and above 0, or None")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay} must be finite and at least 0")
     rate = make_schedule(lr, steps, schedule=schedule, warmup=warmup)
     clipping = [] if clip is None else [optax.clip_by_global_norm(clip)]
     return optax.chain(*clipping, optax.adamw(rate, weight_decay=weight_decay))

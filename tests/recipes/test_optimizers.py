@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import math
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +214,19 @@ def test_a_run_of_all_weights_writes_a_model(tiny_model, text_file, tmp_path):
 def test_choices_that_contradict_each_other_are_named(choices, message):
     with pytest.raises(ValueError, match=message):
         checked(FinetuneSettings(model="tiny", **choices))
+
+
+def test_every_number_has_its_range():
+    numbers = {name for name, hint in get_type_hints(FinetuneSettings).items() if float in (hint, *get_args(hint))}
+    assert numbers == {"alpha", "dropout", "density", "lr", "weight_decay", "clip", "held_out", "temperature"}
+    for name in numbers:
+        for value in (math.nan, math.inf, -1.0):
+            with pytest.raises(ValueError, match=f"^{name}={value} must be "):
+                checked(FinetuneSettings(model="tiny", **{name: value}))
+    for name in ("chunk", "mlp_chunk", "keep", "steps", "update_gap"):
+        with pytest.raises(ValueError, match=f"^{name}=0 must be at least 1"):
+            checked(FinetuneSettings(model="tiny", **{name: 0}))
+    assert checked(FinetuneSettings(model="tiny", clip=None, weight_decay=0.0, temperature=0.0)).clip is None
 
 
 def test_packed_weights_are_not_trained_and_some_weights_may_be(tiny):

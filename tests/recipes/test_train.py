@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,9 @@ def test_bad_arguments():
         train.make_step(loss_fn, tx, accumulate=0)
     with pytest.raises(ValueError, match="warmup=5"):
         train.make_optimizer(1e-3, 5, warmup=5)
+    for bad in ({"lr": math.nan}, {"clip": math.nan}, {"weight_decay": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=(nan|-1)"):
+            train.make_optimizer(**{"lr": 1e-3, "steps": 5} | bad)
     with pytest.raises(ValueError, match="schedule='step'"):
         train.make_optimizer(1e-3, 5, schedule="step")
     with pytest.raises(TypeError, match="a/codes: trained leaves must be floats, got uint8"):
