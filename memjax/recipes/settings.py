@@ -47,7 +47,7 @@ class FinetuneSettings:
     Attributes:
       model: smollm2, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name.
       data: .txt, .jsonl (prompt and completion, or messages), or kjv (packaged).
-      adapter: the method; none: the weights themselves are trained.
+      adapter: the method; none: the weights themselves are trained; with format dense also those packed in the file.
       rank: rank of the adapter; by default the method's (lora: 16), as for alpha, targets and lr.
       alpha: scale of the adapter times its rank (lora: twice the rank).
       targets: patterns of the weights that are adapted (lora: all linear layers), or trained (none: all weights).
@@ -171,6 +171,11 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
     for name in ("density", "update_gap"):
         if getattr(settings, name) is not None and name not in optimizer.settings:
             raise ValueError(f"{settings.optimizer} has no {name}; leave {name}={getattr(settings, name)} out")
+    if every_weight(settings) and settings.format not in ("keep", "dense"):
+        raise ValueError(
+            f"adapter=none trains all weights, and packed ones cannot be; format={settings.format} packs them: choose "
+            "format=dense, or an adapter"
+        )
     layerwise = "fused" if settings.fused else settings.optimizer if optimizer.kind == "blocks" else None
     if layerwise and not every_weight(settings):
         raise ValueError(

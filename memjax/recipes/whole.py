@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from memjax.core.paths import Patterns
+from memjax.core.paths import Patterns, leaf_paths
 from memjax.core.roles import check_trained, combine, partition
+from memjax.core.views import is_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,12 @@ class TrainedWeights:
         """
         del key
         theta, frozen = partition(params, self.targets)
+        for path, leaf in leaf_paths(theta):
+            if is_view(leaf):
+                raise TypeError(
+                    f"{path} is packed and cannot be trained itself; train all weights with --format dense, or an "
+                    "adapter on packed ones"
+                )
         check_trained(theta)
         return frozen, theta
 
