@@ -19,7 +19,7 @@ from memjax.recipes.finetuning import finetune, load_model
 from memjax.recipes.formats import Format, Packing
 from memjax.recipes.generation import generate_text
 from memjax.recipes.report import leaf_table
-from memjax.recipes.settings import Dtype, FinetuneSettings, concrete, read_toml
+from memjax.recipes.settings import Dtype, FinetuneSettings, concrete, read_toml, with_defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Generate:
     """Which past tokens a token sees, such as window=1024,sinks=4, or all; as in the adapter's run if not given."""
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
-    group: int = 64
-    """Weights per scale of encoded weights."""
+    group: int | None = None
+    """Weights per scale of encoded weights (64; q4_0, q4_1 and q8_0 always have 32)."""
     dtype: Dtype = "auto"
     """Of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU."""
 
@@ -87,8 +87,8 @@ class Inspect:
     """smollm2, minilm, a .gguf file, a Hugging Face folder, a folder of `memjax quantize`, or a hub name."""
     format: Format = "keep"
     """How the weights are held: as in the file, dense, or encoded."""
-    group: int = 64
-    """Weights per scale of encoded weights."""
+    group: int | None = None
+    """Weights per scale of encoded weights (64; q4_0, q4_1 and q8_0 always have 32)."""
     dtype: Dtype = "auto"
     """Of dense weights; auto: bfloat16 on GPU, float32 on CPU."""
 
@@ -107,8 +107,8 @@ class Quantize:
     """How the weights are packed."""
     out: str
     """Folder to write; it must be new."""
-    group: int = 64
-    """Weights per scale; q4_0, q4_1 and q8_0 have 32."""
+    group: int | None = None
+    """Weights per scale (64; q4_0, q4_1 and q8_0 always have 32)."""
     search: bool = False
     """Choose the scales of int formats for the least squared error; slower, and better below 4 bits."""
     where: tuple[str, ...] = ("**/*_proj/kernel",)
@@ -142,8 +142,8 @@ class Merge:
     """Folder to write; it must be new."""
     format: Format = "dense"
     """dense: for transformers; others: for memjax, with weights as the model has them or the merged ones packed."""
-    group: int = 64
-    """Weights per scale of packed weights."""
+    group: int | None = None
+    """Weights per scale of packed weights (64; q4_0, q4_1 and q8_0 always have 32)."""
     dtype: MergedDtype = "bfloat16"
     """Of dense weights."""
 
@@ -173,7 +173,7 @@ def resumed_defaults(folder: str) -> dict[str, Any]:
     if not (Path(folder) / "checkpoints").is_dir():
         raise ValueError(f"cannot resume: {folder} holds no checkpoints")
     checkpoints = Checkpoints(folder)
-    settings = checkpoints.settings()
+    settings = with_defaults(checkpoints.settings())
     checkpoints.close()
     known = {field.name for field in dataclasses.fields(FinetuneSettings)} - {"resume", "out"}
     settings = {name: value for name, value in settings.items() if name in known}

@@ -25,7 +25,7 @@ from memjax.models.packages import resolve
 from memjax.models.peft import SETTINGS
 from memjax.models.safetensors_reader import read_safetensors
 from memjax.models.save import PACKED_FILE
-from memjax.recipes.formats import codec_of
+from memjax.recipes.formats import codec_of, group_of
 from memjax.weights import LeafReport, PackedWeight, Report
 
 MergedDtype = Literal["bfloat16", "float32"]
@@ -59,7 +59,7 @@ def quantize_model(
     out: str | Path,
     *,
     format: str,
-    group: int = 64,
+    group: int | None = None,
     search: bool = False,
     where: Any = "**/*_proj/kernel",
     dtype: str,
@@ -83,8 +83,8 @@ def quantize_model(
       ValueError: patterns that match nothing, groups that do not divide a leaf, an unknown model.
     """
     check_writable(out)
-    model = models.load(source, dtype=dtype)
     codec = codec_of(format, group, search)
+    model = models.load(source, dtype=dtype)
     chosen = set(select(model.params, where))
     rows: list[LeafReport] = []
 
@@ -149,7 +149,7 @@ def merge_model(
     out: str | Path,
     *,
     format: str = "dense",
-    group: int = 64,
+    group: int | None = None,
     dtype: MergedDtype = "bfloat16",
 ) -> Merged:
     """Writes a model with an adapter merged into its weights.
@@ -159,13 +159,14 @@ def merge_model(
       adapter: see `load_adapter`.
       out: the folder: with ``format="dense"`` one that transformers loads, else one that memjax loads.
       format: "dense"; "keep", each weight as the source has it; or how the merged weights are packed.
-      group: weights per scale.
+      group: weights per scale, see `memjax.recipes.formats.group_of`.
       dtype: of dense weights.
 
     Raises:
       ValueError: an adapter of another model, merged weights that are not finite, groups that do not divide.
     """
     check_writable(out)
+    group = group_of(format, group)
     model = models.load(source, dtype=_lossless_dtype(source))
     method, frozen, theta = load_adapter(model, adapter)
     to = {"dense": "dense", "keep": "same"}.get(format) or codec_of(format, group)

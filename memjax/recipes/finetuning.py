@@ -25,7 +25,7 @@ from memjax.recipes import data as data_
 from memjax.recipes.attention import parse_attention
 from memjax.recipes.checkpoint import Checkpoints, MetricsLog, check_same, read_metrics
 from memjax.recipes.evaluate import Evaluation, make_evaluate
-from memjax.recipes.formats import Format, codec_of
+from memjax.recipes.formats import Format, codec_of, group_of
 from memjax.recipes.generation import continue_tokens
 from memjax.recipes.methods import METHODS, Settings, make_adapter
 from memjax.recipes.optimizers import gradient_bytes, make_training
@@ -61,8 +61,9 @@ class FinetuneResult(NamedTuple):
     seconds: float  # of this process, all included
 
 
-def load_model(model: str, format: Format = "keep", group: int = 64, dtype: Dtype = "auto") -> models.Model:
+def load_model(model: str, format: Format = "keep", group: int | None = None, dtype: Dtype = "auto") -> models.Model:
     """Loads a model with its weights held as ``format`` says; see `FinetuneSettings`."""
+    group = group_of(format, group)
     weights = format if format in ("keep", "dense") else codec_of(format, group)
     return models.load(model, dtype=concrete(dtype), weights=weights)
 

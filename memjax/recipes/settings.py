@@ -15,7 +15,7 @@ import jax
 from memjax import parallel, remat
 from memjax.recipes.attention import parse_attention
 from memjax.recipes.data import TooLong
-from memjax.recipes.formats import Format
+from memjax.recipes.formats import ONLY_GROUP, Format, group_of
 from memjax.recipes.methods import METHODS, AdapterName, complete
 from memjax.recipes.optimizers import OPTIMIZERS, OptimizerName, every_weight
 from memjax.recipes.train import Schedule
@@ -53,7 +53,7 @@ class FinetuneSettings:
       targets: patterns of the weights that are adapted (lora: all linear layers), or trained (none: all weights).
       dropout: on the adapter's input.
       format: how the frozen weights are held: as in the file, dense, or the targets encoded (the rest as in the file).
-      group: weights per scale of encoded weights.
+      group: weights per scale of encoded weights (64; q4_0, q4_1 and q8_0 always have 32).
       dtype: of dense weights and the computation; auto: bfloat16 on GPU, float32 on CPU. Trained weights that are
         bfloat16 are rounded stochastically.
       batch: sequences per step.
@@ -103,7 +103,7 @@ class FinetuneSettings:
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     format: Format = "keep"
-    group: int = 64
+    group: int | None = None
     dtype: Dtype = "auto"
     batch: int = 2
     seq: int = 128
@@ -163,6 +163,7 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
     if settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
+    group = group_of(settings.format, settings.group)
     remat.parse(settings.remat)
     parse_attention(settings.attention)
     if settings.optimizer not in OPTIMIZERS:
@@ -208,7 +209,7 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
         settings.adapter, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, lr=settings.lr
     )
     lr = chosen.lr * optimizer.rate if settings.lr is None else settings.lr
-    return dataclasses.replace(settings, **chosen._replace(lr=lr)._asdict())
+    return dataclasses.replace(settings, group=group, **chosen._replace(lr=lr)._asdict())
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -260,9 +261,13 @@ def _named(hint: Any) -> str:
 
 
 def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recorded settings of a run with those that there were not yet when it began."""
+    """Returns the recorded settings of a run with those that there were not yet when it began.
+
+    Runs recorded a group also for formats without a choice of it.
+    """
     fields = dataclasses.fields(FinetuneSettings)
-    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | recorded
+    known = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | recorded
+    return known | {"group": ONLY_GROUP.get(known["format"], known["group"])}
 
 
 def concrete(dtype: Dtype) -> str:

@@ -209,6 +209,9 @@ def test_a_run_of_all_weights_writes_a_model(tiny_model, text_file, tmp_path):
         ({"optimizer": "mezo", "dropout": 0.1}, "dropout would differ"),
         ({"optimizer": "mezo", "remat": "4bit"}, "mezo has no backward pass; leave remat=4bit out"),
         ({"adapter": "none", "rank": 4}, "none has no rank"),
+        ({"group": 16}, "format=keep packs nothing; leave group=16 out"),
+        ({"group": 64, "format": "q4_0"}, "format=q4_0 has groups of 32; leave group=64 out"),
+        ({"group": 0, "format": "int4"}, "group=0 must be at least 1"),
         ({"adapter": "none", "format": "int4"}, "adapter=none trains all weights.*format=int4 packs them"),
     ],
 )
@@ -244,6 +247,8 @@ def test_a_run_that_began_before_a_setting_existed_has_its_default():
     recorded = dataclasses.asdict(FinetuneSettings(model="tiny", lr=1.0)) | {"data_sha256": "0"}
     older = {name: value for name, value in recorded.items() if name not in ("optimizer", "fused", "density")}
     assert with_defaults(older) == recorded
+    assert with_defaults(older | {"group": 64}) == recorded
+    assert with_defaults(older | {"group": 64, "format": "int4"})["group"] == 64
 
 
 def test_settings_come_from_toml_and_the_command_line_goes_before(tiny_model, text_file, tmp_path, capsys):
