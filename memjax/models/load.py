@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from memjax.models.save import PACKED_FILE, hf_sources
 from memjax.models.tokenizer import load_tokenizer
 from memjax.weights import PackedWeight, astype
 from memjax.weights import load as load_weights
+from memjax.weights.packed import format_of
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 PACKED_KINDS = ("Q4_0", "Q4_1", "Q8_0")
@@ -90,6 +91,7 @@ def load(
     shapes = abstract(checkpoint.config, dtype)
     _check(checkpoint, shapes)
     packed = set() if isinstance(weights, str) else set(select(shapes, targets))
+    formats: set[str] = set()
 
     def read(leaf_path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         source = checkpoint.sources[leaf_path]
@@ -97,6 +99,8 @@ def load(
         names = [source.name.format(i) for i in range(leaf.shape[0])] if stacked else [source.name]
         tensors = [checkpoint.tensors[name] for name in names]
         if leaf_path in packed:
+            kinds = {tensor.kind for tensor in tensors if not isinstance(tensor, SafeTensor)}
+            formats.update(kinds - {"F32", "F16", "BF16"})
             codes = _fill(
                 lambda i: _encode(weights, _dense(tensors[i], source), leaf_path, tensors[i].name),
                 len(tensors),
@@ -110,6 +114,7 @@ def load(
         return _fill(lambda i: _dense(tensors[i], source), len(tensors), stacked, leaf.dtype)
 
     params = map_with_path(read, shapes)
+    warn_of_second_rounding(source, formats)
     return Model(checkpoint.config, params, checkpoint.tokenizer, str(source))
 
 
@@ -126,6 +131,9 @@ def _load_saved(folder: pathlib.Path, source: str, dtype: str, weights: Any, tar
                 f"{wanted.get(path)}"
             )
     packed = set() if isinstance(weights, str) else set(select(shapes, targets))
+    warn_of_second_rounding(
+        source, {format_of(leaf) for path, leaf in leaf_paths(params) if path in packed and is_view(leaf)}
+    )
 
     def hold(path: str, leaf: Any) -> Any:
         if path in packed:
@@ -141,6 +149,16 @@ def _load_saved(folder: pathlib.Path, source: str, dtype: str, weights: Any, tar
         return leaf.materialize() if is_view(leaf) and weights == "dense" else leaf
 
     return Model(config, map_with_path(hold, astype(params, dtype)), tokenizer, source)
+
+
+def warn_of_second_rounding(source: str | pathlib.Path, formats: Collection[str]) -> None:
+    """Warns that weights which a source has packed in some formats are packed anew."""
+    if formats:
+        warnings.warn(
+            f"{source} is packed in {'; '.join(sorted(formats))} already: packing it again rounds its weights a second "
+            "time",
+            stacklevel=3,
+        )
 
 
 def _read_folder(folder: pathlib.Path) -> tuple[Config, Any, bool]:

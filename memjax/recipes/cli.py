@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,6 +181,12 @@ def resumed_defaults(folder: str) -> dict[str, Any]:
     return settings | {"targets": tuple(settings["targets"])}
 
 
+def _tell(what: str, style: str, message: object) -> None:
+    """Prints one line to the standard error."""
+    text = escape(str(message))
+    Console(stderr=True, highlight=False).print(f"[{style}]{what}:[/]", text, soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends it with one line and the exit status 2.
 
@@ -205,11 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=arguments,
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
-        command.run(console)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _tell("warning", "bold yellow", message)
+            command.run(console)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        Console(stderr=True, highlight=False).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
+        _tell("error", "bold red", error)
         sys.exit(2)
     except KeyboardInterrupt:
         if debug:

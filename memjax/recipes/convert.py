@@ -21,12 +21,14 @@ from memjax.core.files import replacing
 from memjax.core.paths import leaf_paths, map_with_path, select
 from memjax.core.views import Axes, is_view
 from memjax.models.gguf import read_gguf
+from memjax.models.load import warn_of_second_rounding
 from memjax.models.packages import resolve
 from memjax.models.peft import SETTINGS
 from memjax.models.safetensors_reader import read_safetensors
 from memjax.models.save import PACKED_FILE
 from memjax.recipes.formats import codec_of, group_of
 from memjax.weights import LeafReport, PackedWeight, Report
+from memjax.weights.packed import format_of
 
 MergedDtype = Literal["bfloat16", "float32"]
 _WORST = 12
@@ -77,7 +79,8 @@ def quantize_model(
       dtype: "float32" or "bfloat16", of the weights that stay dense.
 
     Returns:
-      Bits and errors per packed leaf, and the bytes of all leaves dense in ``dtype`` and as written.
+      Bits and errors per packed leaf, and the bytes of all leaves dense in ``dtype``, as written and, where the source
+      was packed already, as stored there.
 
     Raises:
       ValueError: patterns that match nothing, groups that do not divide a leaf, an unknown model.
@@ -86,6 +89,8 @@ def quantize_model(
     codec = codec_of(format, group, search)
     model = models.load(source, dtype=dtype)
     chosen = set(select(model.params, where))
+    views = {path: leaf for path, leaf in leaf_paths(model.params) if is_view(leaf)}
+    warn_of_second_rounding(source, {format_of(leaf) for path, leaf in views.items() if path in chosen})
     rows: list[LeafReport] = []
 
     def pack(path: str, leaf: Any) -> Any:
@@ -99,7 +104,7 @@ def quantize_model(
     dense_bytes = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for _, leaf in leaf_paths(model.params))
     rows.sort(key=lambda row: -row.relative_frobenius)
     _write(source, out, dataclasses.replace(model, params=params))
-    return Report(rows, dense_bytes, nbytes(params))
+    return Report(rows, dense_bytes, nbytes(params), nbytes(model.params) if views else None)
 
 
 def _pack(path: str, leaf: Any, codec: codecs.Codec) -> tuple[PackedWeight, LeafReport]:

@@ -12,14 +12,14 @@ from jax.extend.core import Var
 from rich import box
 from rich.table import Table
 
-from memjax.codecs import Grouped
 from memjax.core.bytes import CompiledBytes, nbytes
 from memjax.core.paths import leaf_paths
 from memjax.core.views import is_view
 from memjax.models import LlamaConfig
 from memjax.parallel import device_bytes
 from memjax.recipes.train import TrainState
-from memjax.weights import Anchored, Dense, PackedWeight
+from memjax.weights import Anchored, Dense
+from memjax.weights.packed import format_of
 
 CATEGORIES = (
     "packed weights",
@@ -201,17 +201,6 @@ def measured_peak() -> tuple[int, str]:
     unit = 1 if sys.platform == "darwin" else 1024
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return rss, "peak resident memory of the whole process on CPU, with Python, libraries, loading and compiling"
-
-
-def format_of(leaf: Any) -> str:
-    """Returns how a leaf is stored: the codec of packed weights, else the dtype."""
-    if not isinstance(leaf, PackedWeight):
-        return str(leaf.dtype)
-    codec = leaf.packed.codec
-    if kind := getattr(codec, "kind", None):
-        return kind
-    name = f"int{codec.bits}" if isinstance(codec, Grouped) else type(codec).__name__.lower()
-    return f"{name}, group {codec.group}"
 
 
 def leaf_table(params: Any, title: str) -> Table:

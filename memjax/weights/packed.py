@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from memjax.codecs import NestedScale, Packed
+from memjax.codecs import Grouped, NestedScale, Packed
 from memjax.core import jaxpr_compat
 from memjax.core.views import Axes
 from memjax.weights import fused
@@ -139,3 +139,14 @@ class PackedWeight(Decoded):
             }
             packed = replace(packed, scale=packed.scale._replace(**shared))
         return replace(self, packed=packed)
+
+
+def format_of(leaf: Any) -> str:
+    """Returns how a leaf is stored: the codec of packed weights, else the dtype."""
+    if not isinstance(leaf, PackedWeight):
+        return str(leaf.dtype)
+    codec = leaf.packed.codec
+    if kind := getattr(codec, "kind", None):
+        return kind
+    name = f"int{codec.bits}" if isinstance(codec, Grouped) else type(codec).__name__.lower()
+    return f"{name}, group {codec.group}"

@@ -205,11 +205,15 @@ class LeafReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Per-leaf reports, worst relative error first, and the bytes of both trees; prints as a table."""
+    """Per-leaf reports, worst relative error first, and the bytes of both trees; prints as a table.
+
+    Of weights that were packed before, ``dense_bytes`` are of what they decode to, and ``stored_bytes`` their own.
+    """
 
     leaves: list[LeafReport]
     dense_bytes: int
     packed_bytes: int
+    stored_bytes: int | None = None
 
     def __str__(self) -> str:
         width = max([len("weight"), *(len(row.path) for row in self.leaves)])
@@ -219,7 +223,8 @@ class Report(NamedTuple):
             f"{row.relative_frobenius:>9.3g}"
             for row in self.leaves
         ]
-        lines.append(f"all leaves: {self.dense_bytes:,} -> {self.packed_bytes:,} bytes")
+        stored = "" if self.stored_bytes is None else f" dense, {self.stored_bytes:,} as stored"
+        lines.append(f"all leaves: {self.dense_bytes:,}{stored} -> {self.packed_bytes:,} bytes")
         return "\n".join(lines)
 
 

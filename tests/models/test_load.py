@@ -248,7 +248,8 @@ def test_packed_gguf_tensors_stay_packed(tmp_path):
         },
     }
     jax.tree.map(np.testing.assert_array_equal, materialize(kept.params), dense.params)
-    encoded = models.load(tmp_path / "model.gguf", dtype="float32", weights=codecs.int8(group=16))
+    with pytest.warns(UserWarning, match=r"model.gguf is packed in Q4_0; .*Q8_0 already"):
+        encoded = models.load(tmp_path / "model.gguf", dtype="float32", weights=codecs.int8(group=16))
     formats = {path: leaf.packed.codec for path, leaf in leaf_paths(encoded.params) if is_view(leaf)}
     assert formats["embed_tokens/embedding"] == formats["lm_head/kernel"] == codecs.q8_0()
     assert formats["layers/mlp/up_proj/kernel"] == codecs.int8(group=16)

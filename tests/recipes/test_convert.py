@@ -54,6 +54,25 @@ def test_every_format_is_packed_as_whole_leaves_are(format, tmp_path):
     np.testing.assert_allclose(row[2:], expected[2:], rtol=1e-5)
 
 
+def test_a_source_that_is_packed_already_is_said_to_be(tmp_path, capsys):
+    first, second = str(tmp_path / "8"), str(tmp_path / "4")
+    cli.main(["quantize", SOURCE, "--format", "int8", "--group", "16", "--out", first])
+    assert "warning" not in capsys.readouterr().err
+    cli.main(["quantize", first, "--format", "int4", "--group", "16", "--out", second])
+    printed, warned = capsys.readouterr()
+    assert (
+        warned
+        == f"warning: {first} is packed in int8, group 16 already: packing it again rounds its weights a second time\n"
+    )
+    dense, stored, now = (
+        mj.weights.nbytes(p)
+        for p in (base().params, *(mj.models.load(f, dtype="float32").params for f in (first, second)))
+    )
+    assert f"{dense:,} dense, {stored:,} as stored -> {now:,} bytes" in printed
+    cli.main(["inspect", first, "--format", "int4", "--group", "16"])
+    assert "is packed in int8, group 16 already" in capsys.readouterr().err
+
+
 def test_search_lowers_the_error_and_is_for_integers(tmp_path):
     settings = {"format": "int2", "group": 16, "where": "**/q_proj/kernel", "dtype": "float32"}
     plain, searched = (
