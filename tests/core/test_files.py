@@ -31,4 +31,7 @@ def test_permissions_are_the_usual_ones(tmp_path):
     (tmp_path / "usual").write_text("")
     with replacing(tmp_path / "a") as temporary:
         temporary.write_text("")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with replacing(tmp_path / "b") as temporary:
+        temporary.unlink()
+        temporary.touch(mode=0o600)  # as safetensors does
+    assert {(tmp_path / name).stat().st_mode for name in "ab"} == {(tmp_path / "usual").stat().st_mode}
