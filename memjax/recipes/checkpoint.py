@@ -24,14 +24,14 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
-        """Opens the checkpoints of a run's folder, which is made when it does not exist.
+        """Opens the checkpoints of a run's folder, which is made with the first of them.
 
         Raises:
           ValueError: ``keep`` below 1.
         """
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False)
         self.folder = Path(folder).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "settings"))
 
@@ -51,6 +51,7 @@ class Checkpoints:
         if step in previous:
             return
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager.save(step, args=items, force=True)
         # A full disk surfaces as an OSError from Python or as a ValueError from the array writer.
         except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from memjax.recipes.finetuning import finetune, load_model
 from memjax.recipes.formats import Format, Packing
 from memjax.recipes.generation import generate_text
 from memjax.recipes.report import leaf_table
-from memjax.recipes.settings import Dtype, FinetuneSettings, concrete, read_toml, with_defaults
+from memjax.recipes.settings import Dtype, FinetuneSettings, concrete, read_toml, run_folder, with_defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,16 @@ def resumed_defaults(folder: str) -> dict[str, Any]:
     return settings | {"targets": tuple(settings["targets"])}
 
 
+def how_to_go_on(command: Any) -> str:
+    """Returns what to do about a command that was interrupted."""
+    if not isinstance(command, Finetune):
+        return "start it again"
+    folder = run_folder(command)
+    if steps := Checkpoints(folder).steps():
+        return f"go on after step {steps[-1]} with: memjax finetune --resume {shlex.quote(str(folder))}"
+    return f"there is no checkpoint in {folder} yet; start the run again as it was started"
+
+
 def _tell(what: str, style: str, message: object) -> None:
     """Prints one line to the standard error."""
     text = escape(str(message))
@@ -192,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ``--debug`` anywhere shows the whole traceback instead.
     """
+    command: Any = None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -223,6 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        Console(stderr=True).print("interrupted; go on from the last checkpoint with --resume and the run's folder")
+        _tell("interrupted", "bold red", how_to_go_on(command))
         sys.stdout.flush()
         os._exit(130)  # threads that write checkpoints would abort a regular exit

@@ -38,6 +38,7 @@ from memjax.recipes.settings import (
     bound_to_length,
     checked,
     concrete,
+    run_folder,
     with_defaults,
 )
 from memjax.recipes.train import LossFn, check_finite, init_on_mesh, init_state
@@ -159,12 +160,13 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         too_long=settings.too_long,
     )
     held_out = data_.take(held_out, slice(settings.eval_windows))
+    prompt = _prompt(settings, model, held_out)
     loader = data_.Loader(train, settings.batch, settings.seed)
     assert settings.targets is not None and settings.lr is not None  # of settings that are checked
     chosen = Settings(settings.rank, settings.alpha, settings.targets, settings.lr)
     adapter = make_adapter(settings.adapter, model.params, chosen, settings.dropout)
 
-    out = Path(settings.resume or settings.out or f"runs/{Path(settings.model).stem}-{settings.adapter}")
+    out = run_folder(settings)
     recorded = dataclasses.asdict(settings) | {
         "targets": list(settings.targets),
         "dtype": str(model.params["norm"]["scale"].dtype),
@@ -173,6 +175,10 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
     checkpoints = Checkpoints(out, keep=settings.keep)
     if settings.resume:
         saved = with_defaults(checkpoints.settings())
+        if saved.get("data_sha256") != recorded["data_sha256"]:
+            same = settings.data == saved["data"]
+            change = "has changed since the run began" if same else f"is not what the run began with, {saved['data']}"
+            raise ValueError(f"cannot resume the run in {out}: the data {settings.data} {change}")
         longer = settings.steps > saved["steps"]
         if longer and (bound := bound_to_length(settings)):
             raise ValueError(
@@ -207,11 +213,12 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         del state  # so that there are not two of it
         state = checkpoints.restore(like)
         if int(state.step) >= settings.steps:
-            raise ValueError(
-                f"the run in {out} is finished: {settings.steps} steps are done; --steps with more of them trains on"
-            )
+            bound = bound_to_length(settings)
+            rest = f"{' and '.join(bound)} bound it to its length" if bound else "--steps with more of them trains on"
+            raise ValueError(f"the run in {out} is finished: {settings.steps} steps are done; {rest}")
         console.print(f"resuming after step {int(state.step)} of {settings.steps}")
     done = int(state.step)
+    out.mkdir(parents=True, exist_ok=True)
     metrics_log = MetricsLog(out / "metrics.jsonl", done)
     # Without a checkpoint, what the log holds of step 0 is another run's.
     held_out_log = MetricsLog(out / "held_out.jsonl", done + 1 if settings.resume else 0)
@@ -231,8 +238,6 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         evaluations[steps] = {"step": steps, "nll": result.nll, "tokens": result.tokens}
         held_out_log.append(evaluations[steps])
         console.print(f"step {steps}: held-out loss {result.nll:.4f}, perplexity {result.perplexity:.2f}")
-
-    prompt = _prompt(settings, model, held_out)
 
     def sample(theta: Any) -> str:
         return continue_tokens(

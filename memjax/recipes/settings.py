@@ -137,6 +137,11 @@ class FinetuneSettings:
     temperature: float = 0.7
 
 
+def run_folder(settings: FinetuneSettings) -> Path:
+    """Returns the folder for results."""
+    return Path(settings.resume or settings.out or f"runs/{Path(settings.model).stem}-{settings.adapter}")
+
+
 def bound_to_length(settings: FinetuneSettings) -> list[str]:
     """Returns the settings by which every step of a run depends on how many there are."""
     optimizer = OPTIMIZERS[settings.optimizer]
@@ -161,6 +166,8 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
                 raise ValueError(f"{name}={value} must be {expected}")
     if settings.resume and settings.out and Path(settings.out) != Path(settings.resume):
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
+    if run_folder(settings).is_file():
+        raise ValueError(f"out={run_folder(settings)} is a file; give the name of a folder")
     if settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
     group = group_of(settings.format, settings.group)

@@ -42,7 +42,8 @@ def test_round_trip_and_keep(tmp_path):
 
 def test_no_checkpoint_and_bad_keep(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in"):
-        Checkpoints(tmp_path).restore(state_at(0))
+        Checkpoints(tmp_path / "new").restore(state_at(0))
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="keep=0"):
         Checkpoints(tmp_path, keep=0)
 

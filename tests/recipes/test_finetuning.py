@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def resume_arguments(tiny_model, jsonl_file, out):
 
 def test_kill_and_resume_give_the_same_losses_bit_by_bit(tiny_model, jsonl_file, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    jsonl_file = shutil.copy(jsonl_file, tmp_path)
     cli.main(resume_arguments(tiny_model, jsonl_file, whole))
     want = read_metrics(whole / "metrics.jsonl")
     assert [row["step"] for row in want] == list(range(20))
@@ -120,6 +122,28 @@ def test_kill_and_resume_give_the_same_losses_bit_by_bit(tiny_model, jsonl_file,
     samples = [json.loads((folder / "samples.json").read_text()) for folder in (whole, killed)]
     assert samples[0] == samples[1]
 
+    # A finished one is not advised what would be refused, and changed data are named.
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--resume", str(killed)])
+    assert capsys.readouterr().err.endswith("20 steps are done; schedule=cosine bound it to its length\n")
+    with open(jsonl_file, "a") as file:
+        file.write(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--resume", str(killed)])
+    assert f"the data {jsonl_file} has changed since the run began" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_to_go_on(text_run, tmp_path):
+    out = text_run[1].out
+    assert cli.how_to_go_on(cli.Finetune(model="m", out=str(out))).endswith(
+        f"after step 12 with: memjax finetune --resume {out}"
+    )
+    spaced = tmp_path / "a run"
+    assert cli.how_to_go_on(cli.Finetune(model="m", out=str(spaced))).startswith(
+        f"there is no checkpoint in {spaced} yet"
+    )
+
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, text_file, tmp_path):
     settings = FinetuneSettings(
@@ -146,6 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, text_file, tmp_path
         ({"keep": 0}, "keep=0"),
         ({"resume": "no-such-run"}, "no-such-run holds no checkpoints"),
         ({"format": "int4", "group": 7}, "7"),
+        ({"out": __file__}, "is a file; give the name of a folder"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(tiny_model, text_file, tmp_path, capsys, changes, message):
@@ -156,6 +181,7 @@ def test_mistakes_get_one_line_and_status_2(tiny_model, text_file, tmp_path, cap
     assert exit_status.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_shows_where(tiny_model):
@@ -177,6 +203,10 @@ def test_a_finished_run_and_another_folder_are_not_resumed(text_run, tmp_path):
         finetune(again, QUIET)
     with pytest.raises(ValueError, match="resumes in its own folder"):
         finetune(dataclasses.replace(again, out=str(tmp_path)), QUIET)
+    other = tmp_path / "other.txt"
+    other.write_text("other text " * 200)
+    with pytest.raises(ValueError, match=f"the data {other} is not what the run began with, {settings.data}"):
+        finetune(dataclasses.replace(again, data=str(other)), QUIET)
     assert (result.out / "report.json").read_bytes() == written
 
 
