@@ -28,7 +28,7 @@ from memjax.recipes.evaluate import Evaluation, make_evaluate
 from memjax.recipes.formats import Format, codec_of, group_of
 from memjax.recipes.generation import continue_tokens
 from memjax.recipes.methods import METHODS, Settings, make_adapter
-from memjax.recipes.optimizers import gradient_bytes, make_training
+from memjax.recipes.optimizers import OPTIMIZERS, gradient_bytes, make_training
 from memjax.recipes.plots import plot_run
 from memjax.recipes.report import ByteReport, byte_report, human, residual_bytes, working_bytes
 from memjax.recipes.settings import (
@@ -188,7 +188,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         check_same(saved, recorded, (*FREE_SETTINGS, "steps") if longer else FREE_SETTINGS)
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
-    frozen, start = _start(adapter, model.params, settings, out)
+    with console.status(f"preparing {settings.adapter}"):
+        frozen, start = _start(adapter, model.params, settings, out)
     start = _own(start, frozen)  # a training step donates it
     mesh = None if settings.mesh is None else parallel.make_mesh(settings.mesh)
     if mesh is not None:
@@ -261,7 +262,8 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
                 mesh.size, settings.mesh, *held
             )
         )
-    console.print(f"remat {settings.remat} keeps of each layer: {remat.NAMED[settings.remat][1]}")
+    if OPTIMIZERS[settings.optimizer].kind != "passes":
+        console.print(f"remat {settings.remat} keeps of each layer: {remat.NAMED[settings.remat][1]}")
     evaluate_at(0, start)
     sample_before = sample(start)
     del start

@@ -87,7 +87,7 @@ class FinetuneSettings:
       seed: of the order of the data, the adapter, dropout and the optimizer.
       save_every: steps between checkpoints; 0: only at the end.
       keep: checkpoints that are kept.
-      resume: folder of a run to go on with; every setting is taken from the run, --model too. More ``steps`` lengthen
+      resume: folder of a run to go on with; every setting is taken from the run, --model too. More steps lengthen
         it, if nothing in it follows from its length.
       out: folder for results; by default runs/MODEL-ADAPTER.
       prompt: start of the samples; by default the start of the held-out data.
