@@ -210,7 +210,10 @@ def _checked(f: Callable[..., Any], kept: Callable[..., Any], wanted: tuple[str,
         for name in wanted:
             if name not in known:
                 found = f"it names {', '.join(known)}" if known else "it names none"
-                raise ValueError(f"the function names no tensor {name!r} by checkpoint_name; {found}")
+                raise ValueError(
+                    f"the function names no tensor {name!r}; {found}. Inside, jax.ad_checkpoint.checkpoint_name(x, "
+                    f"{name!r}) names x so"
+                )
         return kept(*args)
 
     return run

@@ -76,7 +76,8 @@ def compress_residuals(
       TypeError: (when differentiated) forward-mode or second-order differentiation, for codes have no derivative.
     """
     if not isinstance(policy, ResidualPolicy):
-        raise TypeError(f"policy must be a ResidualPolicy, got {type(policy).__name__}")
+        hint = "; memjax.remat.checkpoint takes policies by name" if isinstance(policy, str) else ""
+        raise TypeError(f"policy must be a ResidualPolicy, got {type(policy).__name__}{hint}")
     params = (params,) if isinstance(params, int | str) else tuple(params)
 
     @functools.wraps(f)
