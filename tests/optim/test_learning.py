@@ -38,7 +38,7 @@ def losses(task, make, steps, seeds):
 
 
 @pytest.mark.parametrize(
-    "steps, gap, seeds", [(80, 10, (0,)), pytest.param(800, 50, (0, 1, 2), marks=pytest.mark.slow)]
+    "steps, gap, seeds", [(80, 10, (0,)), pytest.param(400, 25, (0, 1, 2), marks=pytest.mark.slow)]
 )
 def test_frugal_learns_by_its_state_free_part(steps, gap, seeds):
     texts = quality.load_text(quality.Bytes())
