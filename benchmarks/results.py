@@ -329,7 +329,8 @@ def _activations(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[s
 
 OPTIMIZERS_NOTE = """Loss of held-out King James text in nats per token, mean and standard deviation over seeds, with
 the rate that was best on other held-out text; `!` marks one at an end of the range that was tried. State is in bytes
-per trained parameter. Programs were compiled without trying products out, and steps are slower than they could be."""
+per trained parameter, and differences are with the first row, of whichever run. Programs were compiled without trying
+products out, and steps are slower than they could be."""
 
 
 def _optimizers(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]:
@@ -618,12 +619,12 @@ where one kernel with atomic sums has five. At 600 TFLOP/s seven products of the
 take 0.87 ms, which is what the kernels take; less than 0.85 of cuDNN's time is out of their reach. Documents of 1024
 tokens have lists of 1 to 9 blocks, of which up to two are partial, and every list has its own beginning and end
 (queries in, results out), which long lists hide. A profile of that case (Nsight Compute, clocks as they were) shows no
-unit at its limit: forward 245 us, the multiprocessors at 47 %, DRAM at 44 %, L2 at 62 %; the kernels of
-backward 300 and 384 us with 57 and 59 %, and schedulers that find no warp to issue in 58 to 66 % of the cycles. Three
-small kernels that order the lists take 10 us. The profile also showed the sums of dO * O in a fusion that took 231 us;
-apart from it, backward of documents and of the window takes 0.17 to 0.2 ms less (two runs, on different cards). Two
-changes were measured and left out: queries of the next tile fetched, and lists read, while one computes (3 % with
-documents, nothing with others), and backward kernels that stay for many tiles and fetch ahead (nothing with
+unit at its limit: forward 245 us, the multiprocessors at 47 %, DRAM at 44 %, L2 at 62 %; the kernels of backward 300
+and 384 us with the multiprocessors at 57 and 59 %, and schedulers that find no warp to issue in 58 to 66 % of the
+cycles. Three small kernels that order the lists take 10 us. The profile also showed the sums of dO * O in a fusion that
+took 231 us; apart from it, backward of documents and of the window takes 0.17 to 0.2 ms less (two runs, on different
+cards). Two changes were measured and left out: queries of the next tile fetched, and lists read, while one computes (3
+% with documents, nothing with others), and backward kernels that stay for many tiles and fetch ahead (nothing with
 documents, 2 % with the window, 4 % lost with causal masks at 8192). Blocks of 0.1 and 0.25 are of a run before that
 change to backward.
 """,
@@ -640,9 +641,11 @@ TB/s, more than the copies by which floors are stated, and the kernel with int4 
 alone is 0.91 of the speed of the product.
 """,
     "optimizers": """
-The times of a step say little: equal programs took 30 to 50 ms in one run, where the GPU is busy for 15 (of which 7.5
-go to the sum of gradients of equal tokens, in 16 bits with atomics); the table of optim_steps compares steps. In
-FRUGAL's state-free part every element moves by the whole rate in every step, whatever its gradient.
+The times of a step say little: three FRUGALs that differ in one constant took 33 to 51 ms in one run, where a profile
+of AdamW's first 40 steps showed a GPU that is busy for 15 (of which 7.5 go to the sum of gradients of equal tokens, in
+16 bits with atomics); the table of optim_steps compares steps. In FRUGAL's state-free part every element moves by the
+whole rate in every step, whatever its gradient. Rows of 16 windows are of an older run, with the rates 0.001, 0.002 and
+0.004 alone.
 """,
     "linear_cross_entropy": """
 With a trained head the gradient of the inputs is summed in float32, beside a slab of the gradient of the logits in 16

@@ -19,6 +19,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # the usual one; writers that replace the file have another
+        temporary.unlink()
         yield temporary
         temporary.chmod(mode)
         with temporary.open("rb+") as file:

@@ -131,9 +131,8 @@ def _load_saved(folder: pathlib.Path, source: str, dtype: str, weights: Any, tar
                 f"{wanted.get(path)}"
             )
     packed = set() if isinstance(weights, str) else set(select(shapes, targets))
-    warn_of_second_rounding(
-        source, {format_of(leaf) for path, leaf in leaf_paths(params) if path in packed and is_view(leaf)}
-    )
+    formats = {format_of(leaf) for path, leaf in leaf_paths(params) if path in packed and is_view(leaf)}
+    warn_of_second_rounding(source, formats, stacklevel=4)
 
     def hold(path: str, leaf: Any) -> Any:
         if path in packed:
@@ -151,13 +150,13 @@ def _load_saved(folder: pathlib.Path, source: str, dtype: str, weights: Any, tar
     return Model(config, map_with_path(hold, astype(params, dtype)), tokenizer, source)
 
 
-def warn_of_second_rounding(source: str | pathlib.Path, formats: Collection[str]) -> None:
+def warn_of_second_rounding(source: str | pathlib.Path, formats: Collection[str], stacklevel: int = 3) -> None:
     """Warns that weights which a source has packed in some formats are packed anew."""
     if formats:
         warnings.warn(
             f"{source} is packed in {'; '.join(sorted(formats))} already: packing it again rounds its weights a second "
             "time",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,14 +183,17 @@ def resumed_defaults(folder: str) -> dict[str, Any]:
     return settings | {"targets": tuple(settings["targets"])}
 
 
-def how_to_go_on(command: Any) -> str:
-    """Returns what to do about a command that was interrupted."""
+def how_to_go_on(command: Any, began: float) -> str:
+    """Returns what to do about a command that was interrupted, and had begun at a time of `time.time`."""
     if not isinstance(command, Finetune):
         return "start it again"
     folder = run_folder(command)
-    if steps := Checkpoints(folder).steps():
-        return f"go on after step {steps[-1]} with: memjax finetune --resume {shlex.quote(str(folder))}"
-    return f"there is no checkpoint in {folder} yet; start the run again as it was started"
+    checkpoints = Checkpoints(folder)
+    steps = checkpoints.steps()
+    if steps and (command.resume or (checkpoints.folder / str(steps[-1])).stat().st_mtime >= began):
+        longer = "" if command.steps == checkpoints.settings()["steps"] else f" --steps {command.steps}"
+        return f"go on after step {steps[-1]} with: memjax finetune --resume {shlex.quote(str(folder))}{longer}"
+    return f"there is no checkpoint of it in {folder} yet; start the run again as it was started"
 
 
 def _tell(what: str, style: str, message: object) -> None:
@@ -204,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ``--debug`` anywhere shows the whole traceback instead.
     """
     command: Any = None
+    began = time.time()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -235,6 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        _tell("interrupted", "bold red", how_to_go_on(command))
+        _tell("interrupted", "bold red", how_to_go_on(command, began))
         sys.stdout.flush()
         os._exit(130)  # threads that write checkpoints would abort a regular exit

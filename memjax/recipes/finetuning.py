@@ -188,7 +188,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> Fine
         check_same(saved, recorded, (*FREE_SETTINGS, "steps") if longer else FREE_SETTINGS)
     elif checkpoints.steps():
         raise ValueError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
-    with console.status(f"preparing {settings.adapter}"):
+    with console.status("preparing the weights" if settings.adapter == "none" else f"preparing {settings.adapter}"):
         frozen, start = _start(adapter, model.params, settings, out)
     start = _own(start, frozen)  # a training step donates it
     mesh = None if settings.mesh is None else parallel.make_mesh(settings.mesh)

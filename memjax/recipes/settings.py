@@ -31,7 +31,7 @@ _COUNTS = (
 # Settings, whether a value is in their range, which NaN never is, and the range in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_COUNTS, lambda value: value >= 1, "at least 1"),
-    (("warmup", "eval_every", "save_every"), lambda value: value >= 0, "at least 0"),
+    (("warmup", "eval_every", "save_every", "seed"), lambda value: value >= 0, "at least 0"),
     (("alpha", "lr", "clip"), lambda value: 0 < value < math.inf, "finite and above 0"),
     (("weight_decay", "temperature"), lambda value: 0 <= value < math.inf, "finite and at least 0"),
     (("dropout",), lambda value: 0 <= value < 1, "at least 0 and below 1"),
@@ -167,7 +167,10 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
     if settings.resume and settings.out and Path(settings.out) != Path(settings.resume):
         raise ValueError(f"a run resumes in its own folder {settings.resume}; out={settings.out} cannot be given too")
     if run_folder(settings).is_file():
-        raise ValueError(f"out={run_folder(settings)} is a file; give the name of a folder")
+        name = "resume" if settings.resume else "out"
+        raise ValueError(f"{name}={run_folder(settings)} is a file; give the name of a folder")
+    if settings.warmup >= settings.steps:
+        raise ValueError(f"warmup={settings.warmup} must be less than steps={settings.steps}")
     if settings.batch % settings.accumulate:
         raise ValueError(f"accumulate={settings.accumulate} does not divide batch={settings.batch}")
     group = group_of(settings.format, settings.group)
@@ -179,6 +182,8 @@ def checked(settings: FinetuneSettings) -> FinetuneSettings:
     for name in ("density", "update_gap"):
         if getattr(settings, name) is not None and name not in optimizer.settings:
             raise ValueError(f"{settings.optimizer} has no {name}; leave {name}={getattr(settings, name)} out")
+    if settings.density == 0 and not settings.optimizer.startswith("frugal"):
+        raise ValueError(f"density={settings.density} must be above 0 with optimizer={settings.optimizer}")
     if every_weight(settings) and settings.format not in ("keep", "dense"):
         raise ValueError(
             f"adapter=none trains all weights, and packed ones cannot be; format={settings.format} packs them: choose "

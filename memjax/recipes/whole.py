@@ -34,8 +34,8 @@ class TrainedWeights:
         for path, leaf in leaf_paths(theta):
             if is_view(leaf):
                 raise TypeError(
-                    f"{path} is packed and cannot be trained itself; train all weights with --format dense, or an "
-                    "adapter on packed ones"
+                    f"{path} is packed and cannot be trained itself; load it dense (--format dense), or train an "
+                    "adapter on it"
                 )
         check_trained(theta)
         return frozen, theta

@@ -135,14 +135,14 @@ def test_kill_and_resume_give_the_same_losses_bit_by_bit(tiny_model, jsonl_file,
 
 
 def test_an_interrupted_run_says_how_to_go_on(text_run, tmp_path):
-    out = text_run[1].out
-    assert cli.how_to_go_on(cli.Finetune(model="m", out=str(out))).endswith(
-        f"after step 12 with: memjax finetune --resume {out}"
-    )
-    spaced = tmp_path / "a run"
-    assert cli.how_to_go_on(cli.Finetune(model="m", out=str(spaced))).startswith(
-        f"there is no checkpoint in {spaced} yet"
-    )
+    out = str(text_run[1].out)
+    resumed = f"go on after step 12 with: memjax finetune --resume {out}"
+    assert cli.how_to_go_on(cli.Finetune(model="m", out=out, steps=12), began=0.0) == resumed
+    assert cli.how_to_go_on(cli.Finetune(model="m", resume=out, steps=12), time.time()) == resumed
+    assert cli.how_to_go_on(cli.Finetune(model="m", resume=out, steps=40), time.time()) == f"{resumed} --steps 40"
+    for folder in (out, str(tmp_path / "a run")):  # another's, and none
+        said = cli.how_to_go_on(cli.Finetune(model="m", out=folder), time.time())
+        assert said.startswith(f"there is no checkpoint of it in {folder} yet")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, text_file, tmp_path):

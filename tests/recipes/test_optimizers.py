@@ -209,6 +209,8 @@ def test_a_run_of_all_weights_writes_a_model(tiny_model, text_file, tmp_path):
         ({"optimizer": "mezo", "dropout": 0.1}, "dropout would differ"),
         ({"optimizer": "mezo", "remat": "4bit"}, "mezo has no backward pass; leave remat=4bit out"),
         ({"adapter": "none", "rank": 4}, "none has no rank"),
+        ({"warmup": 50, "steps": 50}, "warmup=50 must be less than steps=50"),
+        ({"optimizer": "galore", "density": 0.0}, "density=0.0 must be above 0 with optimizer=galore"),
         ({"group": 16}, "format=keep packs nothing; leave group=16 out"),
         ({"group": 64, "format": "q4_0"}, "format=q4_0 has groups of 32; leave group=64 out"),
         ({"group": 0, "format": "int4"}, "group=0 must be at least 1"),
@@ -227,15 +229,19 @@ def test_every_number_has_its_range():
         for value in (math.nan, math.inf, -1.0):
             with pytest.raises(ValueError, match=f"^{name}={value} must be "):
                 checked(FinetuneSettings(model="tiny", **{name: value}))
-    for name in ("chunk", "mlp_chunk", "keep", "steps", "update_gap"):
-        with pytest.raises(ValueError, match=f"^{name}=0 must be at least 1"):
-            checked(FinetuneSettings(model="tiny", **{name: 0}))
+    counts = {name for name, hint in get_type_hints(FinetuneSettings).items() if int in (hint, *get_args(hint))}
+    from_0 = {"warmup", "eval_every", "save_every", "seed"}
+    assert from_0 < counts
+    for name in counts - {"group"}:  # whose range depends on the format
+        below, least = (-1, 0) if name in from_0 else (0, 1)
+        with pytest.raises(ValueError, match=f"^{name}={below} must be at least {least}"):
+            checked(FinetuneSettings(model="tiny", **{name: below}))
     assert checked(FinetuneSettings(model="tiny", clip=None, weight_decay=0.0, temperature=0.0)).clip is None
 
 
 def test_packed_weights_are_not_trained_and_some_weights_may_be(tiny):
     model = models.load(tiny[0].name, dtype="float32", weights=codecs.int8(group=16))
-    with pytest.raises(TypeError, match=r"layers/.*kernel is packed .* train all weights with --format dense"):
+    with pytest.raises(TypeError, match=r"layers/.*kernel is packed .* load it dense .--format dense."):
         make_adapter("none", model.params, Settings(None, None, ("**",), 1e-3)).prepare(jax.random.key(0), model.params)
     adapter = make_adapter("none", model.params, Settings(None, None, ("**/scale",), 1e-3))
     frozen, theta = adapter.prepare(jax.random.key(0), model.params)
