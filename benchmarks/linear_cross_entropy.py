@@ -42,29 +42,21 @@ CASES = {
 }
 
 
-def naive(x: Any, w: Any, labels: Any, w_axis: int) -> Any:
-    """Returns the mean cross-entropy of all logits, rounded to the dtype of ``x`` and computed on in float32."""
+def naive(logits: Any, labels: Any) -> Any:
+    """Returns the cross-entropy of every token's logits, float32, without a gather, whose gradient scatters."""
     import jax
     import jax.numpy as jnp
 
-    logits = jax.lax.dot_general(x, w, (((1,), (w_axis,)), ((), ()))).astype(jnp.float32)
-    is_label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]  # a gather's gradient scatters
-    target = jnp.where(is_label, logits, 0.0).sum(axis=1)
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - target)
-
-
-def by_optax(x: Any, w: Any, labels: Any, w_axis: int) -> Any:
-    """Returns the mean cross-entropy of all logits in float32, by optax."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    logits = jax.lax.dot_general(x, w, (((1,), (w_axis,)), ((), ()))).astype(jnp.float32)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    is_label = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]
+    return jax.nn.logsumexp(logits, axis=1) - jnp.where(is_label, logits, 0.0).sum(axis=1)
 
 
 def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
     """Returns name -> (loss of ``x, w, labels``, whether the head is trained), those with few temporaries first."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
     from memjax.ops import linear_cross_entropy
 
     def by(implementation: Any, chunk: int | None = None) -> Callable[..., Any]:
@@ -73,8 +65,14 @@ def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
 
         return loss
 
-    def plain(loss: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, w, labels: loss(x, w, labels, head.w_axis)
+    def of_all_logits(loss: Callable[..., Any]) -> Callable[..., Any]:
+        def mean(x: Any, w: Any, labels: Any) -> Any:
+            logits = jax.lax.dot_general(x, w, (((1,), (head.w_axis,)), ((), ()))).astype(jnp.float32)
+            return jnp.mean(loss(logits, labels))
+
+        return mean
+
+    by_optax = optax.softmax_cross_entropy_with_integer_labels
 
     return {
         "memjax, frozen": (by(None), False),
@@ -83,10 +81,10 @@ def ways(head: Head) -> dict[str, tuple[Callable[..., Any], bool]]:
         "memjax by XLA, trained": (by("xla"), True),
         "memjax, trained, all kept": (by(None, head.tokens), True),
         "memjax by XLA, trained, all kept": (by("xla", head.tokens), True),
-        "naive, frozen": (plain(naive), False),
-        "naive, trained": (plain(naive), True),
-        "optax, frozen": (plain(by_optax), False),
-        "optax, trained": (plain(by_optax), True),
+        "naive, frozen": (of_all_logits(naive), False),
+        "naive, trained": (of_all_logits(naive), True),
+        "optax, frozen": (of_all_logits(by_optax), False),
+        "optax, trained": (of_all_logits(by_optax), True),
     }
 
 

@@ -50,6 +50,12 @@ def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], key: str) -> str
     return "-"
 
 
+def _rate(row: dict[str, Any]) -> str:
+    """Returns the rate of a row, with a mark if it is at an end of those that were tried."""
+    rates = [float(rate) for rate in row["rates"]]
+    return f"{row['lr']:g}" + ("!" if row["lr"] in (min(rates), max(rates)) else "")
+
+
 def _peak(row: dict[str, Any]) -> str:
     if row.get("peak_gib") is None:
         return "-"
@@ -167,7 +173,6 @@ def _adapters(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]
     lines = []
     for row in rows:
         rates = [float(rate) for rate in row["rates"]]
-        edge = "!" if row["lr"] in (min(rates), max(rates)) else ""
         lines.append(
             [
                 row["case"],
@@ -175,7 +180,7 @@ def _adapters(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[str]
                 f"{row['trained_parameters']:,}",
                 _number(row["trained_bytes"] / 1024),
                 _number(row["constant_bytes"] / 1024),
-                f"{row['lr']:g}{edge}",
+                _rate(row),
                 f"{min(rates):g} to {max(rates):g}",
                 f"{row['before_mean']:.4f}",
                 f"{row['after_mean']:.4f} ± {row['after_std']:.4f}",
@@ -350,14 +355,12 @@ def _optimizers(rows: Sequence[dict[str, Any]], runs: dict[str, Any]) -> list[st
         )
         lines = []
         for row in same:
-            rates = [float(rate) for rate in row["rates"]]
-            edge = "!" if row["lr"] in (min(rates), max(rates)) else ""
             lines.append(
                 [
                     row["case"],
                     f"{row['parameters']:,}",
                     f"{row['state_bytes_per_parameter']:.2f}",
-                    f"{row['lr']:g}{edge}",
+                    _rate(row),
                     f"{row['after_mean']:.4f} ± {row['after_std']:.4f}",
                     f"{row['after_mean'] - base['after_mean']:+.4f}",
                     f"{row['step_ms']:.2f}",

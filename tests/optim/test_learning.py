@@ -1,5 +1,6 @@
 """At one rate FRUGAL learns faster with its state-free part, on real text; at their best rates that need not hold."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,15 +14,8 @@ from benchmarks.activation_quality import Task
 from memjax import models
 from memjax.recipes import data
 
-CONFIG = models.LlamaConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=168,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=32,
-    tie_embeddings=True,
+CONFIG = dataclasses.replace(
+    quality.TINY, hidden_size=64, intermediate_size=168, num_heads=2, num_kv_heads=2, head_dim=32
 )
 
 
